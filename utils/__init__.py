@@ -1,0 +1,1 @@
+"""Bookkeeping shared by the scripts. Everything that changes learning is in the scripts; nothing here decides."""

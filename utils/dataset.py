@@ -1,0 +1,154 @@
+"""Logging experience in the layout of the DQN Replay Dataset (Agarwal et al. 2020), for offline RL."""
+
+import errno
+import gzip
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+
+class Store:
+    """An `.npy` array inside a `.gz`, growing by rows, that can be read at any time.
+
+    A gzip file may have several members. The first holds the npy header, uncompressed and so always equally long: it is
+    written anew, in place, after the rows that it counts.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Makes an empty store of rows of this shape and dtype."""
+        self.shape, self.dtype, self.rows = shape, np.dtype(dtype), 0
+        self.file = path.open("xb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = io.BytesIO()
+        description = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(header, description | {"shape": (self.rows, *self.shape)})
+        self.file.seek(0)
+        self.file.write(gzip.compress(header.getvalue(), compresslevel=0, mtime=0))
+        self.file.flush()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Adds rows (n, *shape)."""
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(gzip.compress(np.ascontiguousarray(rows, self.dtype).tobytes(), compresslevel=1))
+        self.file.flush()
+        self.rows += len(rows)
+        self._write_header()
+
+
+class DatasetWriter:
+    """Writes `$store$_<name>_ckpt.<k>.gz` and `add_count_ckpt.<k>.gz`, chunk after chunk, while a run goes on.
+
+    A row is one transition: the newest frame of the observation, action, reward, terminal. As in the published set,
+    `stack` - 1 rows of zeros stand before each episode, and a time-out is a terminal like any other; one store more,
+    `truncation`, tells the time-outs. A chunk holds one environment's rows in order, so that several environments
+    fill several chunks side by side. Every `flush_every` rows a chunk is brought up to date on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        num_envs: int,
+        frame_shape: tuple[int, ...],
+        frame_dtype: np.dtype,
+        stack: int,
+        append: bool = False,
+        chunk_rows: int = 1_000_000,
+        flush_every: int = 1_000,
+    ) -> None:
+        """Makes the folder.
+
+        Args:
+            frame_shape: of one frame, (84, 84) for Atari.
+            stack: frames in an observation.
+            append: add chunks behind those that are in the folder.
+
+        Raises:
+            OSError: the folder cannot be written, or holds something and `append` is off.
+        """
+        self.folder, self.stack, self.chunk_rows, self.flush_every = Path(folder), stack, chunk_rows, flush_every
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not append and any(self.folder.iterdir()):
+            raise FileExistsError(errno.ENOTEMPTY, "it is not empty", folder)
+        self.layout = {
+            "observation": (frame_shape, frame_dtype),
+            "action": ((), np.int32),
+            "reward": ((), np.float32),
+            "terminal": ((), np.uint8),
+            "truncation": ((), np.uint8),
+        }
+        taken = [int(k) for path in self.folder.iterdir() for k in re.findall(r"_ckpt\.(\d+)\.gz$", path.name)]
+        self.next_chunk = max(taken, default=-1) + 1
+        self.chunks: dict[int, tuple[int, dict[str, Store]]] = {}  # each environment's, from its first rows on
+        self.waiting = [[] for _ in range(num_envs)]  # rows not yet on the disk
+        self.just_ended = np.zeros(num_envs, dtype=bool)
+        self.begins = np.ones(num_envs, dtype=bool)
+
+    def _new_chunk(self) -> tuple[int, dict[str, Store]]:
+        k, self.next_chunk = self.next_chunk, self.next_chunk + 1
+        stores = {n: Store(self.folder / f"$store$_{n}_ckpt.{k}.gz", *self.layout[n]) for n in self.layout}
+        return k, stores
+
+    def add(
+        self,
+        observation: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """Logs one step of all environments; the one after an end, which only resets its environment, is passed over.
+
+        Args:
+            observation: (num_envs, stack, *frame_shape), or (num_envs, *frame_shape) where the stack is 1.
+        """
+        for i in np.flatnonzero(~self.just_ended):
+            frame = observation[i, -1] if self.stack > 1 else observation[i]
+            if self.begins[i]:
+                self.waiting[i] += [(np.zeros_like(frame), 0, 0.0, False, False)] * (self.stack - 1)
+            end = terminated[i] or truncated[i]
+            self.waiting[i].append((frame.copy(), action[i], reward[i], end, truncated[i]))
+            self.begins[i] = False
+            if len(self.waiting[i]) >= self.flush_every:
+                self._flush(i)
+        self.begins |= self.just_ended
+        self.just_ended = terminated | truncated
+
+    def _flush(self, i: int) -> None:
+        while self.waiting[i]:
+            if i not in self.chunks:
+                self.chunks[i] = self._new_chunk()
+            k, stores = self.chunks[i]
+            room = self.chunk_rows - stores["action"].rows
+            rows, self.waiting[i] = self.waiting[i][:room], self.waiting[i][room:]
+            for store, values in zip(stores.values(), zip(*rows)):
+                store.append(np.array(values))
+            count = stores["action"].rows
+            save_gz(self.folder / f"add_count_ckpt.{k}.gz", np.array(count))
+            # Dopamine's invalid_range: the slots around the write position, for a stack and one-step returns
+            save_gz(self.folder / f"invalid_range_ckpt.{k}.gz", (count - 1 + np.arange(self.stack + 1)) % count)
+            if count == self.chunk_rows:
+                self._close_chunk(i)
+
+    def _close_chunk(self, i: int) -> None:
+        for store in self.chunks.pop(i)[1].values():
+            store.file.close()
+
+    def close(self) -> None:
+        """Writes what is waiting and closes the files."""
+        for i in range(len(self.waiting)):
+            self._flush(i)
+        for i in list(self.chunks):
+            self._close_chunk(i)
+
+
+def save_gz(path: Path, array: np.ndarray) -> None:
+    """Saves a small array as a gzip'd npy, replacing the file at once."""
+    beside = path.with_name(path.name + ".part")
+    with gzip.open(beside, "wb") as file:
+        np.save(file, array)
+    os.replace(beside, path)

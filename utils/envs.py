@@ -1,0 +1,94 @@
+"""Environments: the Atari protocol of Machado et al. (2018) as Dopamine runs it, and any other Gymnasium id.
+
+Vector environments are in Gymnasium's NEXT_STEP mode: the step after an episode's end ignores its action, returns the
+first observation of the next episode and a reward of 0, and is no transition.
+"""
+
+import difflib
+import re
+
+import ale_py
+import gymnasium as gym
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+gym.register_envs(ale_py)
+
+FRAME_SKIP, STACK, SCREEN = 4, 4, 84
+MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
+
+
+def atari_game(env_id: str) -> str | None:
+    """The game's name in `ALE/<game>-v5` or the old `<game>NoFrameskip-v4` spelling; None for any other id."""
+    match = re.fullmatch(r"ALE/(\w+)-v5|(\w+?)NoFrameskip-v\d", env_id)
+    return next(filter(None, match.groups())) if match else None
+
+
+def unknown_env(env_id: str) -> str | None:
+    """None if `env_id` can be made, else what is wrong with it and the nearest ids, in one line."""
+    game = atari_game(env_id)
+    wanted = f"ALE/{game}-v5" if game else env_id
+    if wanted in gym.registry:
+        return None
+    near = difflib.get_close_matches(wanted, gym.registry, n=3)
+    return f"no environment {env_id!r} is installed" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def make_envs(env_id: str, num_envs: int, sticky_actions: float = 0.25, noop_max: int = 0) -> VectorEnv:
+    """A vector environment whose `infos["episode"]` holds the true return `r` and length `l` of episodes that end.
+
+    Atari observations are uint8 (num_envs, 4, 84, 84), the newest frame last, all-zero frames before an episode's
+    first; rewards are the game's own. A lost life is no end: it shows in `infos["lives"]`.
+
+    Args:
+        sticky_actions: Atari only, probability that the emulator repeats the previous action (Machado et al. 2018).
+        noop_max: Atari only, up to so many no-op actions at the start of an episode (Mnih et al. 2015).
+    """
+    game = atari_game(env_id)
+    if game is None:
+        envs = SyncVectorEnv([lambda: gym.make(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+    else:
+        envs = AtariVectorEnv(
+            gym.spec(f"ALE/{game}-v5").kwargs["game"],
+            num_envs=num_envs,
+            max_num_frames_per_episode=MAX_FRAMES,
+            repeat_action_probability=sticky_actions,
+            full_action_space=False,
+            continuous=False,
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+            img_height=SCREEN,
+            img_width=SCREEN,
+            grayscale=True,
+            stack_num=STACK,
+            frameskip=FRAME_SKIP,
+            maxpool=True,
+            noop_max=noop_max,
+            use_fire_reset=False,
+            episodic_life=False,  # ale-py's would restart the game at every lost life
+            life_loss_info=False,
+            reward_clipping=False,
+        )
+    return RecordEpisodeStatistics(envs)
+
+
+def make_video_env(env_id: str, folder: str, sticky_actions: float = 0.25, noop_max: int = 0) -> VectorEnv:
+    """One ordinary environment that writes every episode to `folder` as an MP4; observations as from `make_envs`."""
+
+    def make() -> gym.Env:
+        game = atari_game(env_id)
+        if game is None:
+            return RecordVideo(gym.make(env_id, render_mode="rgb_array"), folder, lambda episode: True)
+        env = gym.make(
+            f"ALE/{game}-v5",
+            render_mode="rgb_array",
+            frameskip=1,
+            repeat_action_probability=sticky_actions,
+            max_num_frames_per_episode=MAX_FRAMES,
+        )
+        env = RecordVideo(env, folder, lambda episode: True)  # innermost: the video shows every frame
+        env = AtariPreprocessing(env, noop_max=noop_max, frame_skip=FRAME_SKIP, screen_size=SCREEN)
+        return FrameStackObservation(env, STACK, padding_type="zero")
+
+    return RecordEpisodeStatistics(SyncVectorEnv([make], autoreset_mode=AutoresetMode.NEXT_STEP))

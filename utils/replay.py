@@ -1,0 +1,235 @@
+"""Uniform replay of n-step transitions that stores every frame once, on the training device."""
+
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+
+
+class Batch(NamedTuple):
+    """B transitions; the target of Q(observation, action) is `reward + discount * bootstrap(next_observation)`."""
+
+    observation: torch.Tensor  # (B, *observation shape)
+    action: torch.Tensor  # (B,) int64
+    reward: torch.Tensor  # (B,) float32, sum of gamma^k r_k over the m <= n steps up to `next_observation`
+    discount: torch.Tensor  # (B,) float32, gamma^m, or 0 if a terminal was reached
+    next_observation: torch.Tensor  # (B, *observation shape)
+
+
+class Replay:
+    """A ring of rows; a row holds what one step of all environments saw: frame, action, reward, terminal, end.
+
+    The stack of an observation is gathered at sampling time from the rows before it, and its n-step window from the
+    rows after it; neither crosses the edge of an episode. A frame older than the episode's first is all zeros. The row
+    that follows an episode's end belongs to the step that resets the environment (Gymnasium's NEXT_STEP autoreset): its
+    frame is the episode's last observation, from which a truncated episode bootstraps, and no transition starts there.
+
+    Every transition that starts in the last `capacity // num_envs` rows and whose n-step window has been played is
+    drawn with the same probability. `sample` and `add` never make the host wait for a GPU, and `sample` can be captured
+    in a CUDA graph: it reads nothing from the host but tensors that are changed in place.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        observation_shape: tuple[int, ...],
+        observation_dtype: torch.dtype,
+        stack: int,
+        n_step: int,
+        gamma: float,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            capacity: transitions, over all environments.
+            observation_shape: shape of one observation; its first dimension is `stack` frames, the newest last.
+            stack: frames in an observation; 1 for vectors.
+
+        Raises:
+            MemoryError: the frames fit neither on `device` nor in this machine's memory; says how much they need.
+        """
+        self.rows = max(capacity // num_envs, n_step + 1)
+        self.num_envs, self.stack, self.n_step = num_envs, stack, n_step
+        self.length = self.rows + stack  # so that the oldest row's stack and the newest row's successor are there
+        self.frame_channels = observation_shape[0] // stack
+        frame_shape = (self.frame_channels, *observation_shape[1:])
+
+        rows_of_envs = (self.length, num_envs)
+        nbytes = self.length * num_envs * (int(np.prod(frame_shape)) * observation_dtype.itemsize + 22)
+        self.out_device, self.device = device, storage_device(nbytes, device)
+        pin = {"pin_memory": True} if self.device != device else {}
+        self.frames = torch.empty(*rows_of_envs, *frame_shape, dtype=observation_dtype, device=self.device, **pin)
+        self.action = torch.zeros(rows_of_envs, dtype=torch.int64, device=self.device)
+        self.reward = torch.zeros(rows_of_envs, device=self.device)
+        self.terminal = torch.zeros(rows_of_envs, dtype=torch.bool, device=self.device)
+        self.end = torch.zeros(rows_of_envs, dtype=torch.bool, device=self.device)
+        self.age = torch.zeros(rows_of_envs, dtype=torch.uint8, device=self.device)  # older frames in the stack
+
+        # The transitions that may be drawn, oldest first: a queue of row * num_envs + env, `count` from `first` on.
+        self.starts = torch.zeros(self.rows * num_envs, dtype=torch.int64, device=self.device)
+        self.first = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.count = torch.zeros((), dtype=torch.int64, device=self.device)
+
+        # The host's own copy of what decides the queue, so that it never has to ask the device.
+        self.added = 0  # rows written so far
+        self.queue_first = self.queue_count = 0
+        self.is_start = np.zeros(rows_of_envs, dtype=bool)
+        self.just_ended = np.zeros(num_envs, dtype=bool)
+        self.now_age = np.zeros(num_envs, dtype=np.uint8)
+
+        self.back = torch.arange(stack - 1, -1, -1, device=self.device)  # stack-1 .. 0
+        self.ahead = torch.arange(n_step, device=self.device)  # 0 .. n-1
+        self.discounts = gamma ** torch.arange(n_step + 1, device=self.device)  # gamma^0 .. gamma^n
+
+    def __len__(self) -> int:
+        """Number of transitions that can be drawn."""
+        return self.queue_count
+
+    def add(
+        self,
+        observation: torch.Tensor,
+        action: np.ndarray,
+        reward: np.ndarray,
+        terminal: np.ndarray,
+        end: np.ndarray,
+        next_observation: torch.Tensor,
+    ) -> None:
+        """Stores one step of all environments.
+
+        Args:
+            observation, next_observation: (num_envs, *observation shape), on any device.
+            action, reward: (num_envs,).
+            terminal: (num_envs,) bool, the value ends here (a game over; with the old protocol, a lost life too).
+            end: (num_envs,) bool, the environment will be reset: terminated or truncated.
+        """
+        row, following = self.added % self.length, (self.added + 1) % self.length
+        self.frames[row] = observation[:, -self.frame_channels :]
+        self.frames[following] = next_observation[:, -self.frame_channels :]
+        self.action[row] = self._to_device(action)
+        self.reward[row] = self._to_device(np.asarray(reward, dtype=np.float32))
+        self.terminal[row] = self._to_device(terminal)
+        self.end[row] = self._to_device(end)
+        self.age[row] = self._to_device(self.now_age)
+        self.is_start[row] = ~self.just_ended
+        self.now_age = np.where(self.just_ended, 0, np.minimum(self.now_age + 1, self.stack - 1)).astype(np.uint8)
+        self.age[following] = self._to_device(self.now_age)
+        self.just_ended = np.array(end)
+        self.added += 1
+        self._advance_queue()
+
+    def _advance_queue(self) -> None:
+        """Lets in the row whose n-step window is now complete, and drops the one that is now too old."""
+        newest, oldest = self.added - self.n_step, self.added - self.rows - 1
+        if newest >= 0:
+            row = newest % self.length
+            starts = row * self.num_envs + np.flatnonzero(self.is_start[row])
+            place = (self.queue_first + self.queue_count + np.arange(len(starts))) % len(self.starts)
+            self.starts[self._to_device(place)] = self._to_device(starts)
+            self.queue_count += len(starts)
+        if oldest >= 0:
+            dropped = int(self.is_start[oldest % self.length].sum())
+            self.queue_first = (self.queue_first + dropped) % len(self.starts)
+            self.queue_count -= dropped
+        self.first.fill_(self.queue_first)
+        self.count.fill_(self.queue_count)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draws `batch_size` transitions, uniformly and with replacement, onto the training device."""
+        # float64: float32 has 2^24 values, too few to be even over a million transitions
+        draw = (torch.rand(batch_size, dtype=torch.float64, device=self.device) * self.count).long()
+        return self.gather(self.starts[(self.first + draw) % len(self.starts)])
+
+    def gather(self, start: torch.Tensor) -> Batch:
+        """The transitions that start at `start` (B,), each row * num_envs + env."""
+        row, env = start // self.num_envs, start % self.num_envs
+        window = (row[:, None] + self.ahead) % self.length  # (B, n)
+        terminal, end = self.terminal[window, env[:, None]], self.end[window, env[:, None]]
+        stop = (terminal | end).int()
+        played = (stop.cumsum(1) - stop) == 0  # (B, n): no stop before this step
+        steps = played.sum(1)  # m
+        reward = (self.reward[window, env[:, None]] * self.discounts[:-1] * played).sum(1)
+        discount = self.discounts[steps] * ~(terminal & played).any(1)
+        batch = Batch(
+            self._observation(row, env),
+            self.action[row, env],
+            reward,
+            discount,
+            self._observation((row + steps) % self.length, env),
+        )
+        return batch if self.device == self.out_device else Batch(*(x.to(self.out_device) for x in batch))
+
+    def _observation(self, row: torch.Tensor, env: torch.Tensor) -> torch.Tensor:
+        """The observations (B, *observation shape) whose newest frames are in rows `row` of environments `env`."""
+        frames = self.frames[(row[:, None] - self.back) % self.length, env[:, None]]  # (B, stack, channels, ...)
+        if self.stack > 1:
+            before_episode = self.back > self.age[row, env][:, None]  # (B, stack)
+            frames *= ~before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2))
+        return frames.flatten(1, 2)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array).to(self.device, non_blocking=True)
+
+    def cut(self) -> None:
+        """Ends the running episodes as truncated: the environments are about to be reset from outside."""
+        if self.added:  # the last observation keeps a row of its own, as after any end
+            following = self.added % self.length
+            self.end[(self.added - 1) % self.length] = True
+            self.terminal[following] = self.end[following] = False
+            self.is_start[following] = False
+            self.added += 1
+            self._advance_queue()
+        self.just_ended[:] = False
+        self.now_age[:] = 0
+
+    def state_dict(self) -> dict:
+        """For a checkpoint: the rows written so far (on a CPU, sharing the replay's memory) and the host's numbers."""
+        rows = min(self.added + 1, self.length)
+        rings = {name: leading_rows(getattr(self, name), rows) for name in RINGS}
+        queue = leading_rows(self.starts, min(self.queue_first + self.queue_count, len(self.starts)))
+        host = {name: torch.from_numpy(getattr(self, name)) for name in ("is_start", "just_ended", "now_age")}
+        return rings | host | {"starts": queue} | {name: getattr(self, name) for name in COUNTERS}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` gave. A ring that had not wrapped around yet fits into a longer one.
+
+        Raises:
+            ValueError: it comes from a replay of another size or another kind of environment.
+        """
+        wrapped = state["added"] >= self.rows or state["added"] >= len(state["is_start"]) - self.stack
+        same_frames = state["frames"].shape[1:] == self.frames.shape[1:]
+        if not same_frames or (wrapped and len(state["is_start"]) != self.length):
+            raise ValueError("its replay has another size")
+        for name in (*RINGS, "starts"):
+            getattr(self, name)[: len(state[name])] = state[name].to(self.device)
+        for name in ("is_start", "just_ended", "now_age"):
+            saved = state[name].numpy()[: self.length]
+            getattr(self, name)[: len(saved)] = saved
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.first.fill_(self.queue_first)
+        self.count.fill_(self.queue_count)
+
+
+RINGS = ("frames", "action", "reward", "terminal", "end", "age")
+COUNTERS = ("added", "queue_first", "queue_count")
+
+
+def leading_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first rows on the CPU, in a storage of just that size: saving a slice would save the whole tensor."""
+    return tensor[:rows].cpu() if tensor.is_cuda else torch.from_numpy(tensor[:rows].numpy())
+
+
+def storage_device(nbytes: int, device: torch.device) -> torch.device:
+    """`device` if `nbytes` fit there with a fifth of its free memory to spare, else the CPU.
+
+    Raises:
+        MemoryError: they fit in neither.
+    """
+    if device.type == "cuda" and nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
+        return device
+    available = psutil.virtual_memory().available
+    if nbytes > available:
+        raise MemoryError(f"needs {nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free")
+    return torch.device("cpu")

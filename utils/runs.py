@@ -1,0 +1,238 @@
+"""A run's bookkeeping: flags, folder, progress line, TensorBoard, episode log, signals and checkpoints."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import statistics
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ArgsT = TypeVar("ArgsT")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(args: object, name: str, ok: bool, takes: str) -> None:
+    """Ends the program unless `ok`, naming the flag of the field `name`, what it got and what it takes."""
+    if not ok:
+        fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
+
+
+def parse_args(args_class: type[ArgsT], presets: dict[str, object], applies: Callable[[ArgsT], bool]) -> ArgsT:
+    """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
+    `--resume` names; the value in `presets`, if `applies(args)`; the default in the class.
+    """
+    args = tyro.cli(args_class)
+    if args.resume:
+        saved = load_checkpoint(args.resume, Path(sys.argv[0]).stem)["args"]
+        known = {field.name for field in fields(args_class)}
+        return tyro.cli(args_class, default=args_class(**{k: v for k, v in saved.items() if k in known}))
+    return tyro.cli(args_class, default=replace(args_class(), **presets)) if applies(args) else args
+
+
+def choose_device(cuda: bool) -> torch.device:
+    """The GPU if there is one and it is wanted, else the CPU; says which."""
+    device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device: {name}")
+    return device
+
+
+def median_seconds(action: Callable[[], object], repeats: int = 3) -> float:
+    """How long one call takes, after a first one that is not counted."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class Run:
+    """The folder `runs/<env>__<script>__<seed>__<time>/` and everything that is written there while training goes on.
+
+    Holds `args.json`, TensorBoard events, `episodes.csv` (step, return, length), `checkpoint.pt`, and at the end
+    `model.pt`. A full disk or a lost logger is reported once and never ends the run. The first Ctrl-C or SIGTERM sets
+    `stopping`, for the loop to act on; a second one ends the program at once.
+    """
+
+    def __init__(self, args: object, script: str, step: int = 0) -> None:
+        """Makes the folder, or goes on in the one of `args.resume`, forgetting what was logged after `step`."""
+        if args.resume:
+            self.folder = Path(args.resume).resolve().parent
+        else:
+            name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{int(time.time())}"
+            self.folder = unused(Path(args.runs_dir) / name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        except OSError as error:
+            fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror}")
+        print(f"run folder: {os.path.relpath(self.folder)}")
+        if args.track:
+            self._start_wandb(args)
+
+        self.lost: set[str] = set()
+        self.writer = SummaryWriter(self.folder, purge_step=step or None)
+        rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(args).items())
+        self.text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+        self.episodes = self._open_episodes(step)
+
+        self.start_step, self.start_time, self.latest_return = step, time.time(), float("nan")
+        # A terminal gets a living line; a log file gets one twice a minute.
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0
+        )
+        self.stopping = False
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def _start_wandb(self, args: object) -> None:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track: needs Weights & Biases; pip install wandb")
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=self.folder.name,
+            config=asdict(args),
+            sync_tensorboard=True,
+            save_code=True,
+        )
+
+    def _open_episodes(self, step: int):
+        path = self.folder / "episodes.csv"
+        earlier = [row for row in read_episodes(path) if row[0] <= step] if step else []
+        file = path.open("w", newline="", buffering=1)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("step", "return", "length"))
+        writer.writerows(earlier)
+        return file
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.stopping or self.bar.n >= self.bar.total:
+            raise SystemExit(128 + number)
+        self.stopping = True
+
+    def _log(self, what: str, action: Callable, *args: object) -> None:
+        try:
+            action(*args)
+        except Exception as error:  # a run of days must not die of its logger
+            if what not in self.lost:
+                self.lost.add(what)
+                tqdm.write(f"warning: {what} cannot be written any more: {error}", file=sys.stderr)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Logs a markdown text to TensorBoard."""
+        self._log("TensorBoard", self.writer.add_text, tag, markdown)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Logs scalars to TensorBoard."""
+        for tag, value in values.items():
+            self._log("TensorBoard", self.writer.add_scalar, tag, value, step)
+
+    def episode(self, episode_return: float, length: int, step: int) -> None:
+        """Logs an episode that ended at agent step `step`."""
+        self.latest_return = float(episode_return)
+        self.scalars({"charts/episodic_return": episode_return, "charts/episodic_length": length}, step)
+        self._log("episodes.csv", self.episodes.write, f"{step},{float(episode_return):g},{int(length)}\n")
+
+    def progress(self, step: int, **values: float) -> None:
+        """Moves the progress line to `step`; `values` are shown on it."""
+        if values:
+            shown = {"return": self.latest_return} | values
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def steps_per_second(self, step: int) -> float:
+        """Agent steps per second since this process began to train."""
+        return (step - self.start_step) / (time.time() - self.start_time)
+
+    def close(self) -> None:
+        """Flushes and closes the logs."""
+        self.bar.close()
+        self._log("TensorBoard", self.writer.close)
+        self._log("episodes.csv", self.episodes.close)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def unused(folder: Path) -> Path:
+    """`folder`, or with -2, -3, ... behind it if two runs start in the same second."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def read_episodes(path: Path) -> list[tuple[int, float, int]]:
+    """The rows (step, return, length) of an `episodes.csv`; the torn last line of a killed run is passed over."""
+    rows = []
+    if path.exists():
+        for row in list(csv.reader(path.open(newline="")))[1:]:
+            try:
+                rows.append((int(row[0]), float(row[1]), int(row[2])))
+            except (ValueError, IndexError):
+                continue
+    return rows
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """`torch.save` beside `path`, then a rename: whatever kills the process, `path` is the old file or the new one."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: str, script: str) -> dict:
+    """What `save_atomically` wrote, on the CPU, read lazily; a file that `script` cannot resume ends the program."""
+    if not Path(path).is_file():
+        fail(f"--resume: got {path}, takes a checkpoint.pt; there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+        fail(f"--resume: got {path}, takes a checkpoint.pt; this file is torn or no checkpoint")
+    if not isinstance(content, dict) or content.get("script") != script:
+        found = content.get("script") if isinstance(content, dict) else None
+        fail(f"--resume: got {path}, takes a checkpoint of {script}.py; this one is of {found or 'something else'}")
+    return content
+
+
+def rng_state(generator: np.random.Generator) -> dict:
+    """The state of every random number generator that training uses: torch's (CPU and GPU) and `generator`."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": generator.bit_generator.state}
+
+
+def set_rng_state(state: dict, generator: np.random.Generator) -> None:
+    """Restores `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    generator.bit_generator.state = state["numpy"]
