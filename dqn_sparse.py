@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.dataset import DatasetWriter
-from utils.envs import atari_game, make_envs, make_video_env, unknown_env
+from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.masks import (
     apply_masks,
@@ -347,11 +347,8 @@ def main(args: Args) -> np.ndarray:
     torch.manual_seed(args.seed)
 
     envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
-    space, actions, images = (
-        envs.single_observation_space,
-        envs.single_action_space,
-        atari_game(args.env_id) is not None,
-    )
+    space, actions = envs.single_observation_space, envs.single_action_space
+    images = atari_game(args.env_id) is not None
     if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
         fail(f"--env-id: {args.env_id} has {actions} and {space}, takes discrete actions and observations in a Box")
     require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
@@ -386,19 +383,11 @@ def main(args: Args) -> np.ndarray:
     rewire_end = min(int(args.rewire_end * n_updates), n_updates - 1)
     rewire_interval = max(1, min(args.rewire_interval, rewire_end // 50))
 
+    stack, capacity = STACK if images else 1, min(args.buffer_size, args.total_timesteps)
     try:
-        replay = Replay(
-            min(args.buffer_size, args.total_timesteps),
-            args.num_envs,
-            space.shape,
-            torch.uint8 if images else torch.float32,
-            stack=space.shape[0] if images else 1,
-            n_step=args.n_step,
-            gamma=args.gamma,
-            device=device,
-        )
+        replay = Replay(capacity, args.num_envs, space, actions, stack, args.n_step, args.gamma, device)
     except MemoryError as error:
-        fail(f"--buffer-size: {args.buffer_size} transitions take more memory than there is: it {error}")
+        fail(f"--buffer-size: got {args.buffer_size}, takes what fits into memory; this {error}")
 
     global_step, update = 0, 0
     if args.resume:
@@ -428,11 +417,8 @@ def main(args: Args) -> np.ndarray:
 
     dataset = None
     if args.save_dataset:
-        frame_shape = space.shape[1:] if images else space.shape
         try:
-            dataset = DatasetWriter(
-                args.save_dataset, args.num_envs, frame_shape, space.dtype, replay.stack, append=bool(args.resume)
-            )
+            dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, append=bool(args.resume))
         except OSError as error:
             fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset}: {error.strerror}")
     run = Run(args, SCRIPT, global_step)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,10 @@ from utils.replay import Replay
 
 CPU = torch.device("cpu")
 GAMMA = 0.9
+
+
+def space(*shape):
+    return Box(-np.inf, np.inf, shape, np.float32)
 
 
 def play(num_envs, lengths, kinds, steps):
@@ -119,7 +124,7 @@ def drawable(replay):
 @given(cases, st.integers(1, 60), st.integers(1, 4), st.sampled_from([1, 4]), st.integers(6, 40))
 def test_holds_exactly_the_transitions_of_a_naive_buffer(case, steps, n_step, stack, rows):
     num_envs, lengths, kinds = case
-    replay = Replay(rows * num_envs, num_envs, (stack, 1), torch.float32, stack, n_step, GAMMA, CPU)
+    replay = Replay(rows * num_envs, num_envs, space(stack, 1), Discrete(3), stack, n_step, GAMMA, CPU)
     naive = NaiveReplay(num_envs, stack, n_step)
     fill(replay, play(num_envs, lengths, kinds, steps), stack, naive)
 

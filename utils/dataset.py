@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from gymnasium.spaces import Box
 
 
 class Store:
@@ -53,8 +54,7 @@ class DatasetWriter:
         self,
         folder: str,
         num_envs: int,
-        frame_shape: tuple[int, ...],
-        frame_dtype: np.dtype,
+        space: Box,
         stack: int,
         append: bool = False,
         chunk_rows: int = 1_000_000,
@@ -63,8 +63,8 @@ class DatasetWriter:
         """Makes the folder.
 
         Args:
-            frame_shape: of one frame, (84, 84) for Atari.
-            stack: frames in an observation.
+            space: of one observation.
+            stack: frames in its first dimension, the newest last; 1 for vectors.
             append: add chunks behind those that are in the folder.
 
         Raises:
@@ -75,7 +75,7 @@ class DatasetWriter:
         if not append and any(self.folder.iterdir()):
             raise FileExistsError(errno.ENOTEMPTY, "it is not empty", folder)
         self.layout = {
-            "observation": (frame_shape, frame_dtype),
+            "observation": (space.shape[1:] if stack > 1 else space.shape, space.dtype),
             "action": ((), np.int32),
             "reward": ((), np.float32),
             "terminal": ((), np.uint8),
@@ -104,7 +104,7 @@ class DatasetWriter:
         """Logs one step of all environments; the one after an end, which only resets its environment, is passed over.
 
         Args:
-            observation: (num_envs, stack, *frame_shape), or (num_envs, *frame_shape) where the stack is 1.
+            observation: (num_envs, *observation shape).
         """
         for i in np.flatnonzero(~self.just_ended):
             frame = observation[i, -1] if self.stack > 1 else observation[i]

@@ -1,17 +1,19 @@
 """Uniform replay of n-step transitions that stores every frame once, on the training device."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
+from gymnasium.spaces import Box, Discrete
 
 
 class Batch(NamedTuple):
     """B transitions; the target of Q(observation, action) is `reward + discount * bootstrap(next_observation)`."""
 
     observation: torch.Tensor  # (B, *observation shape)
-    action: torch.Tensor  # (B,) int64
+    action: torch.Tensor  # (B,) int64, or (B, *action shape) float32
     reward: torch.Tensor  # (B,) float32, sum of gamma^k r_k over the m <= n steps up to `next_observation`
     discount: torch.Tensor  # (B,) float32, gamma^m, or 0 if a terminal was reached
     next_observation: torch.Tensor  # (B, *observation shape)
@@ -34,8 +36,8 @@ class Replay:
         self,
         capacity: int,
         num_envs: int,
-        observation_shape: tuple[int, ...],
-        observation_dtype: torch.dtype,
+        space: Box,
+        action_space: Discrete | Box,
         stack: int,
         n_step: int,
         gamma: float,
@@ -44,8 +46,9 @@ class Replay:
         """
         Args:
             capacity: transitions, over all environments.
-            observation_shape: shape of one observation; its first dimension is `stack` frames, the newest last.
-            stack: frames in an observation; 1 for vectors.
+            space: of one observation; kept as uint8 if it is, else as float32.
+            action_space: of one environment; actions are kept as int64 if it is discrete, else as float32.
+            stack: frames in the first dimension of an observation, the newest last; 1 for vectors.
 
         Raises:
             MemoryError: the frames fit neither on `device` nor in this machine's memory; says how much they need.
@@ -53,15 +56,17 @@ class Replay:
         self.rows = max(capacity // num_envs, n_step + 1)
         self.num_envs, self.stack, self.n_step = num_envs, stack, n_step
         self.length = self.rows + stack  # so that the oldest row's stack and the newest row's successor are there
-        self.frame_channels = observation_shape[0] // stack
-        frame_shape = (self.frame_channels, *observation_shape[1:])
+        self.frame_channels = space.shape[0] // stack
+        frame_shape = (self.frame_channels, *space.shape[1:])
+        dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
 
         rows_of_envs = (self.length, num_envs)
-        nbytes = self.length * num_envs * (int(np.prod(frame_shape)) * observation_dtype.itemsize + 22)
+        nbytes = self.length * num_envs * (math.prod(frame_shape) * dtype.itemsize + ROW_BYTES)
         self.out_device, self.device = device, storage_device(nbytes, device)
         pin = {"pin_memory": True} if self.device != device else {}
-        self.frames = torch.empty(*rows_of_envs, *frame_shape, dtype=observation_dtype, device=self.device, **pin)
-        self.action = torch.zeros(rows_of_envs, dtype=torch.int64, device=self.device)
+        self.frames = torch.empty(*rows_of_envs, *frame_shape, dtype=dtype, device=self.device, **pin)
+        action_dtype = torch.int64 if isinstance(action_space, Discrete) else torch.float32
+        self.action = torch.zeros(*rows_of_envs, *action_space.shape, dtype=action_dtype, device=self.device)
         self.reward = torch.zeros(rows_of_envs, device=self.device)
         self.terminal = torch.zeros(rows_of_envs, dtype=torch.bool, device=self.device)
         self.end = torch.zeros(rows_of_envs, dtype=torch.bool, device=self.device)
@@ -100,7 +105,8 @@ class Replay:
 
         Args:
             observation, next_observation: (num_envs, *observation shape), on any device.
-            action, reward: (num_envs,).
+            action: (num_envs,), or (num_envs, *action shape).
+            reward: (num_envs,).
             terminal: (num_envs,) bool, the value ends here (a game over; with the old protocol, a lost life too).
             end: (num_envs,) bool, the environment will be reset: terminated or truncated.
         """
@@ -212,6 +218,7 @@ class Replay:
         self.count.fill_(self.queue_count)
 
 
+ROW_BYTES = 8 + 4 + 1 + 1 + 1 + 8 + 1  # action, reward, terminal, end, age, place in the queue, host's is_start
 RINGS = ("frames", "action", "reward", "terminal", "end", "age")
 COUNTERS = ("added", "queue_first", "queue_count")
 
