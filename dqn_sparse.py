@@ -273,13 +273,13 @@ def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
 
 
 @torch.no_grad()
-def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fraction: float, grow: str) -> None:
+def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fraction: float, method: str) -> None:
     """RigL (Evci et al. 2020): drop the smallest weights, grow where the dense gradient is largest; SET, at random."""
     for name, weight in weights.items():
         mask, n_active = masks[name], kept[name]  # the count never changes
         n_drop = int(drop_fraction * n_active)
         staying = keep_largest(weight.abs().masked_fill(~mask, -math.inf), n_active - n_drop)
-        score = weight.grad.abs() if grow == "gradient" else torch.rand_like(weight)
+        score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
         grown = keep_largest(score.masked_fill(staying, -math.inf), n_drop)  # what was just dropped may grow back ...
         new = grown & ~mask  # ... and then keeps its value and its Adam moments; only these start from nothing
         weight.masked_fill_(new, 0.0)
@@ -421,9 +421,9 @@ def main(args: Args) -> np.ndarray:
             dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, append=bool(args.resume))
         except OSError as error:
             fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset}: {error.strerror}")
-    run = Run(args, SCRIPT, global_step)
     table = mask_table(shapes, final_kept)
     print(table)
+    run = Run(args, SCRIPT, global_step)
     run.text("sparsity", table)
 
     def save_checkpoint() -> None:
@@ -451,6 +451,7 @@ def main(args: Args) -> np.ndarray:
     observation = to_device(raw)
     lives = infos.get("lives")
     resetting = np.zeros(args.num_envs, dtype=bool)
+    loss = None
     while global_step < args.total_timesteps and not run.stopping:
         progress = (global_step - args.learning_starts) / args.exploration_steps
         epsilon = linear_schedule(args.start_e, args.end_e, progress)
@@ -488,9 +489,7 @@ def main(args: Args) -> np.ndarray:
                 apply_masks(target_weights, masks)
             if args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval):
                 drop_fraction = cosine_drop_fraction(update, rewire_end, args.drop_fraction)
-                rewire(
-                    weights, masks, kept, optimizer, drop_fraction, "gradient" if args.method == "rigl" else "random"
-                )
+                rewire(weights, masks, kept, optimizer, drop_fraction, args.method)
                 apply_masks(target_weights, masks)
             else:  # a change of topology replaces the weight update
                 optimizer.step()
@@ -501,7 +500,7 @@ def main(args: Args) -> np.ndarray:
             target_network.load_state_dict(q_network.state_dict())
 
         run.progress(global_step)
-        if update and global_step // log_every > last_step // log_every:
+        if loss is not None and global_step // log_every > last_step // log_every:
             td, q = torch.stack([loss.detach(), q_mean]).tolist()
             sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
             sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
@@ -537,6 +536,7 @@ def main(args: Args) -> np.ndarray:
     for episode, value in enumerate(returns):
         run.scalars({"eval/episodic_return": value}, episode)
     run.close()
+    print(f"model.pt, curve.png and the logs are in {run.folder}")
     print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
     return returns
 
