@@ -44,6 +44,7 @@ from utils.runs import (
     Run,
     choose_device,
     fail,
+    in_words,
     load_checkpoint,
     median_seconds,
     parse_args,
@@ -158,16 +159,17 @@ class Args:
 
 # What vector observations get in place of the defaults above, where a flag does not say otherwise.
 CLASSIC_CONTROL = {
-    "network": "mlp",
-    "total_timesteps": 40_000,
-    "learning_rate": 5e-4,
-    "adam_eps": 1.5e-4,
-    "buffer_size": 40_000,
-    "learning_starts": 1_000,
-    "target_network_frequency": 400,
-    "exploration_steps": 8_000,
-    "clip_rewards": False,
     "eval_episodes": 20,
+    "total_timesteps": 20_000,
+    "network": "mlp",
+    "learning_rate": 1e-3,
+    "buffer_size": 20_000,
+    "learning_starts": 1_000,
+    "target_network_frequency": 100,
+    "n_step": 10,  # and so often a new target: in a short run, values must travel fast
+    "end_e": 0.05,
+    "exploration_steps": 5_000,
+    "clip_rewards": False,
 }
 
 
@@ -267,9 +269,9 @@ def cosine_drop_fraction(update: int, end: int, initial: float) -> float:
 
 @torch.no_grad()
 def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
-    """Gradual magnitude pruning: each layer keeps its largest weights. Zeros rank last, so nothing comes back."""
+    """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
     for name, weight in weights.items():
-        masks[name].copy_(keep_largest(weight.abs(), kept[name]))
+        masks[name].copy_(keep_largest(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
 
 
 @torch.no_grad()
@@ -411,8 +413,8 @@ def main(args: Args) -> np.ndarray:
         batch = Batch(blank, zeros.long(), zeros, zeros, blank)
         per_update = median_seconds(lambda: td_loss(q_network, target_network, batch, args.double)[0].backward())
         per_step = median_seconds(lambda: q_network(blank[:1]))
-        hours = ((n_updates - update) * per_update + (args.total_timesteps - global_step) * per_step) / 3600
-        print(f"no GPU here: about {hours:,.1f} hours, at {per_update:.2f} s an update")
+        seconds = (n_updates - update) * per_update + (args.total_timesteps - global_step) * per_step
+        print(f"no GPU here: this will take about {in_words(seconds)}, at {per_update:.2f} s an update")
         print("a small task that ends within minutes: python dqn_sparse.py --env-id CartPole-v1")
 
     dataset = None
@@ -523,7 +525,8 @@ def main(args: Args) -> np.ndarray:
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
     save_atomically(model | {"masks": {"q_network": masks}}, run.folder / "model.pt")
-    learning_curve(read_episodes(run.folder / "episodes.csv"), run.folder.name, run.folder / "curve.png")
+    title = f"{args.env_id}: {args.method}{'' if args.method == 'dense' else f' {args.sparsity:g}'}, width {args.width}, seed {args.seed}"
+    learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
 
     def policy(observation: np.ndarray) -> np.ndarray:
         return epsilon_greedy(q_network, to_device(observation), args.eval_epsilon, n_actions, rng)

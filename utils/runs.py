@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -67,6 +68,14 @@ def median_seconds(action: Callable[[], object], repeats: int = 3) -> float:
     return statistics.median(times)
 
 
+def in_words(seconds: float) -> str:
+    """A duration in the unit in which a person would say it."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 class Run:
     """The folder `runs/<env>__<script>__<seed>__<time>/` and everything that is written there while training goes on.
 
@@ -77,6 +86,7 @@ class Run:
 
     def __init__(self, args: object, script: str, step: int = 0) -> None:
         """Makes the folder, or goes on in the one of `args.resume`, forgetting what was logged after `step`."""
+        wandb = import_wandb() if args.track else None
         if args.resume:
             self.folder = Path(args.resume).resolve().parent
         else:
@@ -88,8 +98,18 @@ class Run:
         except OSError as error:
             fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror}")
         print(f"run folder: {os.path.relpath(self.folder)}")
-        if args.track:
-            self._start_wandb(args)
+        if wandb:
+            try:
+                wandb.init(
+                    project=args.wandb_project_name,
+                    entity=args.wandb_entity,
+                    name=self.folder.name,
+                    config=asdict(args),
+                    sync_tensorboard=True,
+                    save_code=True,
+                )
+            except Exception as error:  # no network, no login, ...: its own errors are many
+                fail(f"--track: Weights & Biases does not start: {error}")
 
         self.lost: set[str] = set()
         self.writer = SummaryWriter(self.folder, purge_step=step or None)
@@ -107,20 +127,6 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._on_signal)
-
-    def _start_wandb(self, args: object) -> None:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track: needs Weights & Biases; pip install wandb")
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=self.folder.name,
-            config=asdict(args),
-            sync_tensorboard=True,
-            save_code=True,
-        )
 
     def _open_episodes(self, step: int):
         path = self.folder / "episodes.csv"
@@ -177,6 +183,15 @@ class Run:
         self._log("episodes.csv", self.episodes.close)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+def import_wandb() -> ModuleType:
+    """Weights & Biases, an optional package."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--track: needs Weights & Biases; pip install wandb")
+    return wandb
 
 
 def unused(folder: Path) -> Path:

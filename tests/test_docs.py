@@ -1,0 +1,44 @@
+"""The documentation says what the code does."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROW = r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|"
+RUNNING = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
+RUNNING |= {"resume", "save_dataset", "capture_video"}
+
+
+def shown(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}" if isinstance(value, int) and value >= 1000 else str(value)
+
+
+@pytest.mark.parametrize(("script", "preset"), [("dqn_sparse", "CLASSIC_CONTROL")])
+def test_hyperparameter_table_is_that_of_the_script(script, preset):
+    module = importlib.import_module(script)
+    preset = getattr(module, preset)
+    expected = {
+        f"--{field.name.replace('_', '-')}": (
+            shown(field.default),
+            shown(preset[field.name]) if field.name in preset else "",
+        )
+        for field in dataclasses.fields(module.Args)
+        if field.name not in RUNNING
+    }
+    page = (ROOT / "docs" / f"{script}.md").read_text()
+    table = {
+        flag: (a.strip(), b.strip()) for flag, a, b in re.findall(r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|", page, re.M)
+    }
+    assert table == expected
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
