@@ -525,7 +525,8 @@ def main(args: Args) -> np.ndarray:
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
     save_atomically(model | {"masks": {"q_network": masks}}, run.folder / "model.pt")
-    title = f"{args.env_id}: {args.method}{'' if args.method == 'dense' else f' {args.sparsity:g}'}, width {args.width}, seed {args.seed}"
+    zeros = "" if args.method == "dense" else f" {args.sparsity:g}"
+    title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
     learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
 
     def policy(observation: np.ndarray) -> np.ndarray:
