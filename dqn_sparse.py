@@ -163,6 +163,7 @@ CLASSIC_CONTROL = {
     "total_timesteps": 20_000,
     "network": "mlp",
     "learning_rate": 1e-3,
+    "batch_size": 64,
     "buffer_size": 20_000,
     "learning_starts": 1_000,
     "target_network_frequency": 100,
