@@ -60,6 +60,8 @@ SCRIPT = "dqn_sparse"
 
 @dataclass
 class Args:
+    """The defaults are those for Atari; other environments have those of CLASSIC_CONTROL, below, where it names one."""
+
     # Experiment
     env_id: str = "ALE/Breakout-v5"
     """an Atari game (ALE/Pong-v5), or any Gymnasium id with vector observations and discrete actions (CartPole-v1)"""
