@@ -195,18 +195,21 @@ class Replay:
         rings = {name: leading_rows(getattr(self, name), rows) for name in RINGS}
         queue = leading_rows(self.starts, min(self.queue_first + self.queue_count, len(self.starts)))
         host = {name: torch.from_numpy(getattr(self, name)) for name in ("is_start", "just_ended", "now_age")}
-        return rings | host | {"starts": queue} | {name: getattr(self, name) for name in COUNTERS}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return rings | host | counters | {"starts": queue, "n_step": self.n_step}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave. A ring that had not wrapped around yet fits into a longer one.
 
         Raises:
-            ValueError: it comes from a replay of another size or another kind of environment.
+            ValueError: it comes from a replay of another size, kind of environment or n.
         """
         wrapped = state["added"] >= self.rows or state["added"] >= len(state["is_start"]) - self.stack
         same_frames = state["frames"].shape[1:] == self.frames.shape[1:]
         if not same_frames or (wrapped and len(state["is_start"]) != self.length):
             raise ValueError("its replay has another size")
+        if state["n_step"] != self.n_step:  # the queue has just the rows whose window is complete
+            raise ValueError(f"its replay is of {state['n_step']}-step returns")
         for name in (*RINGS, "starts"):
             getattr(self, name)[: len(state[name])] = state[name].to(self.device)
         for name in ("is_start", "just_ended", "now_age"):
