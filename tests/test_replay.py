@@ -1,5 +1,7 @@
 """The replay against a naive list of episodes."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -128,10 +130,14 @@ def test_holds_exactly_the_transitions_of_a_naive_buffer(case, steps, n_step, st
     naive = NaiveReplay(num_envs, stack, n_step)
     fill(replay, play(num_envs, lengths, kinds, steps), stack, naive)
 
-    expected = naive.transitions(rows)
+    assert_same_transitions(replay, naive.transitions(rows))
+
+
+def assert_same_transitions(replay, expected):
+    """The replay's queue holds exactly these transitions of a naive buffer, each once, so that drawing is uniform."""
     starts = drawable(replay)
-    assert len(replay) == len(starts) == len(expected)  # each once, so that drawing is uniform
-    slots = {(t % replay.length) * num_envs + i: key for key in expected for t, i in [key]}
+    assert len(replay) == len(starts) == len(expected)
+    slots = {(t % replay.length) * replay.num_envs + i: (t, i) for t, i in expected}
     assert sorted(starts.tolist()) == sorted(slots)
 
     batch = replay.gather(starts)
@@ -143,3 +149,87 @@ def test_holds_exactly_the_transitions_of_a_naive_buffer(case, steps, n_step, st
         assert batch.discount[j].item() == pytest.approx(discount, rel=1e-5)
         if discount:  # what follows a terminal is never used
             assert batch.next_observation[j].flatten().tolist() == next_obs
+
+
+def cut(replay, naive):
+    """The environments are reset from outside: whatever was running is truncated, and the next row starts afresh."""
+    replay.cut()
+    if naive.rows:
+        obs, action, reward, terminal, _, next_obs, real = naive.rows[-1]
+        everywhere = np.ones_like(real)
+        naive.rows[-1] = (obs, action, reward, terminal, everywhere, next_obs, real)
+        naive.rows.append((next_obs, action * 0, reward * 0, ~everywhere, ~everywhere, next_obs, ~everywhere))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases, st.lists(st.integers(0, 25), min_size=2, max_size=4), st.integers(1, 4), st.integers(6, 40))
+def test_cut_ends_the_running_episodes_as_truncated(case, parts, n_step, rows):
+    num_envs, lengths, kinds = case
+    replay = Replay(rows * num_envs, num_envs, space(4, 1), Discrete(3), 4, n_step, GAMMA, CPU)
+    naive = NaiveReplay(num_envs, 4, n_step)
+    for steps in parts:
+        fill(replay, play(num_envs, lengths, kinds, steps), 4, naive)
+        cut(replay, naive)
+    fill(replay, play(num_envs, lengths, kinds, 3), 4, naive)
+    assert_same_transitions(replay, naive.transitions(rows))
+
+
+def through_a_file(replay):
+    file = io.BytesIO()
+    torch.save(replay.state_dict(), file)
+    size = file.tell()
+    file.seek(0)
+    return torch.load(file, weights_only=True), size
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases, st.integers(1, 60), st.integers(1, 40), st.integers(1, 3), st.integers(6, 40), st.integers(0, 20))
+def test_goes_on_from_its_state_as_if_nothing_had_happened(case, steps, more, n_step, rows, longer):
+    """And a ring that is not yet full goes on in a longer one."""
+    num_envs, lengths, kinds = case
+    stream = list(play(num_envs, lengths, kinds, steps + more))
+    replay = Replay(rows * num_envs, num_envs, space(4, 1), Discrete(3), 4, n_step, GAMMA, CPU)
+    naive = NaiveReplay(num_envs, 4, n_step)
+    fill(replay, stream[:steps], 4, naive)
+    state, _ = through_a_file(replay)
+
+    new_rows = rows + (longer if steps < rows else 0)
+    loaded = Replay(new_rows * num_envs, num_envs, space(4, 1), Discrete(3), 4, n_step, GAMMA, CPU)
+    loaded.load_state_dict(state)
+    assert_same_transitions(loaded, naive.transitions(rows))
+    cut(loaded, naive)
+    fill(loaded, play(num_envs, lengths, kinds, more), 4, naive)
+    assert_same_transitions(loaded, naive.transitions(new_rows))
+
+
+@pytest.mark.parametrize("other", ["longer", "shorter", "more environments", "other frames", "other n"])
+def test_refuses_the_state_of_another_replay(other):
+    full = Replay(20, 2, space(4, 1), Discrete(3), 4, 1, GAMMA, CPU)
+    fill(full, play(2, [[5], [7]], [["terminated"], ["truncated"]], 30), 4)
+    rows, num_envs = {"longer": 15, "shorter": 8}.get(other, 10), 3 if other == "more environments" else 2
+    frame, n_step = space(4, 2 if other == "other frames" else 1), 3 if other == "other n" else 1
+    replay = Replay(rows * num_envs, num_envs, frame, Discrete(3), 4, n_step, GAMMA, CPU)
+    with pytest.raises(ValueError):
+        replay.load_state_dict(full.state_dict())
+
+
+def test_saving_a_barely_filled_replay_writes_little():
+    replay = Replay(1_000_000, 1, space(4, 1), Discrete(3), 4, 1, GAMMA, CPU)
+    fill(replay, play(1, [[5]], [["terminated"]], 20), 4)
+    _, size = through_a_file(replay)
+    assert size < 2_000_000  # a byte or two a row; the frames alone are 4
+
+
+def test_draws_are_uniform():
+    replay = Replay(120, 3, space(1, 1), Discrete(3), 1, 2, GAMMA, CPU)
+    kinds = [["terminated"], ["truncated", "life"], ["life", "terminated"]]
+    fill(replay, play(3, [[1, 4], [7, 2, 3], [5]], kinds, 200), 1)
+    transitions = replay.gather(drawable(replay)).observation.flatten()
+    assert 60 < len(transitions) == len(transitions.unique()) < 120  # the rows that reset are not among them
+
+    torch.manual_seed(0)
+    draws = 200 * len(transitions)
+    drawn, counts = replay.sample(draws).observation.flatten().unique(return_counts=True)
+    assert torch.equal(drawn, transitions.sort().values)
+    freedom = len(counts) - 1
+    assert ((counts - 200) ** 2 / 200).sum() < freedom + 4 * (2 * freedom) ** 0.5  # chi-square, mean + 4 deviations
