@@ -39,20 +39,20 @@ SCREEN = Box(0, 255, (4, 84, 84), np.uint8)
 @pytest.mark.parametrize(
     ("update", "printed"),
     [
-        (0, "0.0000"),
-        (500_000, "0.0000"),
-        (501_000, "0.0019"),
-        (875_000, "0.5492"),
-        (1_000_000, "0.6685"),
-        (1_250_000, "0.8313"),
-        (1_500_000, "0.9148"),
-        (1_750_000, "0.9456"),
-        (1_999_000, "0.9500"),
-        (2_500_000, "0.9500"),
+        (0, 0),
+        (500_000, 0),
+        (501_000, 0.0019),
+        (875_000, 0.5492),
+        (1_000_000, 0.6685),
+        (1_250_000, 0.8313),
+        (1_500_000, 0.9148),
+        (1_750_000, 0.9456),
+        (1_999_000, 0.9500),
+        (2_500_000, 0.9500),
     ],
 )
 def test_cubic_schedule(update, printed):
-    assert f"{cubic_sparsity(update, 500_000, 2_000_000, 0.95):.4f}" == printed
+    assert cubic_sparsity(update, 500_000, 2_000_000, 0.95) == pytest.approx(printed, rel=0, abs=0.5e-4 + 1e-9)
 
 
 def test_cubic_schedule_arrives():
@@ -373,6 +373,8 @@ def test_the_grow_score_is_the_gradient_of_the_weights_that_are_not_there():
     """Finite differences in float64, on inactive weights of every layer."""
     torch.manual_seed(0)
     online, target = MLP(3, 2, 1, True).double(), MLP(3, 2, 1, True).double()
+    for layer in (online.dense1, online.dense2):
+        nn.init.uniform_(layer.bias, -0.1, 0.1)  # a unit without any input would stand on ReLU's kink
     weights = prunable(online)
     generator = torch.Generator().manual_seed(0)
     masks = {n: random_mask(tuple(w.shape), max(1, w.numel() // 5), generator) for n, w in weights.items()}
@@ -383,9 +385,9 @@ def test_the_grow_score_is_the_gradient_of_the_weights_that_are_not_there():
     td_loss(online, target, batch, False)[0].backward()
     for name, weight in weights.items():
         inactive = (~masks[name]).flatten().nonzero().flatten()
-        assert (weight.grad.flatten()[inactive] != 0).double().mean() > 0.5
-        sample = inactive[weight.grad.flatten()[inactive].abs().topk(5).indices]
-        for i in [*sample.tolist(), *inactive[:: len(inactive) // 5].tolist()]:
+        largest = inactive[weight.grad.flatten()[inactive].abs().topk(10).indices]
+        assert weight.grad.flatten()[largest].all()
+        for i in [*largest.tolist(), *inactive[:: len(inactive) // 10].tolist()]:
             losses = []
             for change in (1e-6, -1e-6):
                 with torch.no_grad():
@@ -423,7 +425,7 @@ def test_masked_weights_are_zero_after_every_step_of_adam_and_in_the_target():
 
 @pytest.fixture
 def watch(train, monkeypatch):
-    """Runs main(), and gives what stood in masks and weights after the start and after each update."""
+    """Runs main(); gives the masks, and every eighth row of the weights, after the start and after each update."""
 
     def watch(**flags) -> list[tuple[dict, dict]]:
         seen, online = [], []
@@ -432,15 +434,13 @@ def watch(train, monkeypatch):
             apply_masks(weights, masks)
             online[:] = online or [weights]  # the first call is for the online network
             if weights is online[0]:
-                copies = {name: weight.detach().clone() for name, weight in weights.items() if name != "dense2.weight"}
-                copies["dense2.weight"] = weights["dense2.weight"][::8].detach().clone()
-                for name, mask in masks.items():
-                    assert not weights[name][~mask].any()
-                seen.append(({name: mask.clone() for name, mask in masks.items()}, copies))
+                assert all(not weights[name][~mask].any() for name, mask in masks.items())
+                some = {name: weight.detach()[::8].clone() for name, weight in weights.items()}
+                seen.append(({name: mask.clone() for name, mask in masks.items()}, some))
 
         monkeypatch.setattr(dqn_sparse, "apply_masks", watching)
-        train(total_timesteps=1_300, **flags)  # 300 updates
-        assert len(seen) == 301
+        train(total_timesteps=900, **flags)  # 200 updates
+        assert len(seen) == 201
         return seen
 
     return watch
@@ -461,16 +461,16 @@ def test_gradual_pruning_in_a_run(watch):
     budget = sum(n - math.floor(0.9 * n) for n in size.values()) - size["dense1.weight"] - size["head.weight"]
     final = 1 - budget / (raw * size["dense2.weight"]) * raw
     moves = []
-    for update in range(300):
+    for update in range(200):
         (before, _), (after, _) = seen[update], seen[update + 1]
         assert not any((after[name] & ~before[name]).any() for name in size)  # monotone
         if changed(before, after):
             moves.append(update)
-            progress = (update - 60) / 180
+            progress = (update - 40) / 120
             sparsity = final * (1 - (1 - progress) ** 3)
             assert counts(after)["dense2.weight"] == round(size["dense2.weight"] * (1 - sparsity))
-    assert all(mask.all() for mask in seen[61][0].values())  # nothing before prune_start ...
-    assert moves[0] > 60 and moves[-1] == 240  # ... and frozen after prune_end
+    assert all(mask.all() for mask in seen[41][0].values())  # nothing before prune_start ...
+    assert moves[0] > 40 and moves[-1] == 160  # ... and frozen after prune_end
     assert len(moves) >= 50
     assert counts(seen[-1][0]) == size | {"dense2.weight": round(size["dense2.weight"] * (1 - final))}
 
@@ -488,17 +488,17 @@ def test_rewiring_in_a_run(watch, monkeypatch, method):
     monkeypatch.setattr(dqn_sparse, "rewire", watching)
     seen = watch(method=method, sparsity=0.9)
     moves = []
-    for update in range(300):
+    for update in range(200):
         (before, old), (after, new) = seen[update], seen[update + 1]
         assert counts(after) == counts(before)
         if changed(before, after):
             moves.append(update)
-            survivors = (before["dense2.weight"] & after["dense2.weight"])[::8]
-            assert torch.equal(old["dense2.weight"][survivors], new["dense2.weight"][survivors])
-            assert torch.equal(old["head.weight"], new["head.weight"])  # the weight update was replaced
-        elif update < 200:
+            for name in before:  # the weight update was replaced
+                survivors = (before[name] & after[name])[::8]
+                assert torch.equal(old[name][survivors], new[name][survivors])
+        elif update < 100:
             assert changed(old, new)
-    assert len(fractions) >= 50 and moves[0] <= 5 and 230 <= moves[-1] <= 240
+    assert len(fractions) >= 50 and moves[0] <= 5 and 150 <= moves[-1] <= 160
     assert fractions[-1] == 0 and 0.29 < fractions[0] < 0.3 and fractions == sorted(fractions, reverse=True)
 
 
