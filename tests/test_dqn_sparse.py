@@ -298,9 +298,9 @@ def adam_with_moments(weights: dict, seed: int) -> torch.optim.Adam:
     st.sampled_from([2, 1000]),
     st.floats(0.05, 1),
     st.lists(st.floats(0, 1), min_size=1, max_size=4),
-    st.sampled_from(["gradient", "random"]),
+    st.sampled_from(["rigl", "set"]),
 )
-def test_rewiring(sizes, seed, levels, density, fractions, grow):
+def test_rewiring(sizes, seed, levels, density, fractions, method):
     weights = layers(sizes, seed, levels)
     kept = {name: max(1, round(weight.numel() * density)) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -310,7 +310,7 @@ def test_rewiring(sizes, seed, levels, density, fractions, grow):
     for fraction in fractions:
         old = {name: mask.flatten().numpy().copy() for name, mask in masks.items()}
         before = copy.deepcopy({name: (w.data, optimizer.state[w]) for name, w in weights.items()})
-        rewire(weights, masks, kept, optimizer, fraction, grow)
+        rewire(weights, masks, kept, optimizer, fraction, method)
         for name, weight in weights.items():
             new_mask = masks[name].flatten().numpy()
             assert new_mask.sum() == kept[name]  # the count is conserved, layer by layer
@@ -319,7 +319,7 @@ def test_rewiring(sizes, seed, levels, density, fractions, grow):
             staying = largest(np.abs(before[name][0].flatten().numpy()), old[name], kept[name] - n_drop)
             active = set(np.flatnonzero(new_mask).tolist())
             assert staying <= active  # RigL and SET drop the same
-            if grow == "gradient":
+            if method == "rigl":
                 candidates = np.array([i not in staying for i in range(weight.numel())])
                 assert active - staying == largest(weight.grad.abs().flatten().numpy(), candidates, n_drop)
 
@@ -341,12 +341,12 @@ def test_what_was_dropped_may_grow_back_with_its_value_and_moments():
     apply_masks(weights, masks)
     value, moments = weights["w"][0, 1].item(), optimizer.state[weights["w"]]["exp_avg"].clone()
     weights["w"].grad = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
-    rewire(weights, masks, {"w": 2}, optimizer, 0.5, "gradient")
+    rewire(weights, masks, {"w": 2}, optimizer, 0.5, "rigl")
     assert masks["w"].tolist() == [[True, True, False, False]]
     assert weights["w"][0, 1].item() == value != 0
     assert torch.equal(optimizer.state[weights["w"]]["exp_avg"], moments) and moments[0, 1] != 0
     weights["w"].grad = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    rewire(weights, masks, {"w": 2}, optimizer, 0.5, "gradient")
+    rewire(weights, masks, {"w": 2}, optimizer, 0.5, "rigl")
     assert masks["w"].tolist() == [[True, False, False, True]]
 
 
@@ -359,7 +359,7 @@ def test_set_grows_anywhere_with_the_same_chance():
         masks = {"w": (torch.arange(40) % 4 == 3).view(5, 8)}  # 10 active; the largest weights are the last
         with torch.no_grad():
             weights["w"].copy_(torch.linspace(1, 2, 40).view(5, 8) * masks["w"])
-        rewire(weights, masks, {"w": 10}, optimizer, 0.4, "random")
+        rewire(weights, masks, {"w": 10}, optimizer, 0.4, "set")
         grown += masks["w"].flatten().numpy()
     staying = [i for i in range(40) if i % 4 == 3][4:]
     assert (grown[staying] == 1_000).all()
@@ -480,7 +480,7 @@ def test_rewiring_in_a_run(watch, monkeypatch, method):
     fractions = []
 
     def watching(weights, masks, kept, optimizer, drop_fraction, grow):
-        assert grow == {"rigl": "gradient", "set": "random"}[method]
+        assert grow == method
         assert all(weight.grad.any() for weight in weights.values())
         fractions.append(drop_fraction)
         rewire(weights, masks, kept, optimizer, drop_fraction, grow)
