@@ -171,7 +171,7 @@ class Replay:
         frames = self.frames[(row[:, None] - self.back) % self.length, env[:, None]]  # (B, stack, channels, ...)
         if self.stack > 1:
             before_episode = self.back > self.age[row, env][:, None]  # (B, stack)
-            frames *= ~before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2))
+            frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
         return frames.flatten(1, 2)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
