@@ -236,6 +236,8 @@ def load_checkpoint(path: str, script: str) -> dict:
     if not isinstance(content, dict) or content.get("script") != script:
         found = content.get("script") if isinstance(content, dict) else None
         fail(f"--resume: got {path}, takes a checkpoint of {script}.py; this one is of {found or 'something else'}")
+    if "rng" not in content:
+        fail(f"--resume: got {path}, takes a checkpoint.pt; this one is a finished run's model.pt")
     return content
 
 
