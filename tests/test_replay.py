@@ -201,6 +201,9 @@ def test_goes_on_from_its_state_as_if_nothing_had_happened(case, steps, more, n_
     loaded = Replay(new_rows * num_envs, num_envs, space(4, 1), Discrete(3), 4, n_step, GAMMA, CPU)
     loaded.load_state_dict(state)
     assert_same_transitions(loaded, naive.transitions(rows))
+    again, _ = through_a_file(loaded)
+    for name in state if new_rows == rows else ():
+        np.testing.assert_array_equal(again[name], state[name], err_msg=name)
     cut(loaded, naive)
     fill(loaded, play(num_envs, lengths, kinds, more), 4, naive)
     assert_same_transitions(loaded, naive.transitions(new_rows))

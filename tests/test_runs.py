@@ -318,12 +318,15 @@ dqn_sparse.main(dqn_sparse.parse_args(dqn_sparse.Args, dqn_sparse.CLASSIC_CONTRO
 def test_resume_restores_everything(train, stop_at, method):
     """A run that is resumed and stopped again at once saves what it loaded, but for the cut in the replay."""
     flags = {"method": method, "sparsity": 0.9, "num_envs": 2, "n_step": 3, "buffer_size": 100}
+    flags |= {"target_network_frequency": 10_000}
     stop_at(300)
     folder = train(**flags)
     first = load(folder / "checkpoint.pt")
     assert first["global_step"] >= 300 and first["update"] >= 50 and first["replay"]["added"] > 100
     if method == "gmp":
         assert 23_451 < first["kept"]["dense2.weight"] < 512 * 512  # in the middle of the schedule
+    for name, mask in first["masks"].items():  # the target network's too, which was not copied since
+        assert not any(network[name][~mask].any() for network in first["networks"].values())
     moments = first["optimizer"]["state"].values()
     assert all(state["exp_avg"].any() and state["step"] > 0 for state in moments)
 
@@ -371,10 +374,15 @@ def test_a_longer_run_from_a_checkpoint(train, stop_at):
     folder = train(method="gmp", sparsity=0.9)
     stop_at(None)
     old = load(folder / "checkpoint.pt")["masks"]
+    with (folder / "episodes.csv").open("a") as file:
+        file.write("310,-7,10\n")  # as if it had been killed some time after the checkpoint
     train(method="gmp", sparsity=0.9, total_timesteps=900, resume=str(folder / "checkpoint.pt"))
     model = load(folder / "model.pt")
     assert_masked(model["networks"]["q_network"], model["masks"]["q_network"], 0.9)
     assert not any((model["masks"]["q_network"][name] & ~mask).any() for name, mask in old.items())
+    episodes = read_episodes(folder / "episodes.csv")
+    assert episodes == sorted(episodes) and min(value for _, value, _ in episodes) > 0
+    assert episodes[0][0] < 300 < episodes[-1][0]
 
 
 # Writing files
