@@ -514,3 +514,9 @@ def test_dense_has_no_masks(train, monkeypatch):
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model["masks"] == {"q_network": {}}
     assert all(weight.all() for name, weight in model["networks"]["q_network"].items() if name.endswith("weight"))
+
+
+def test_mlp_takes_bytes():
+    network = dqn_sparse.MLP(6, 3, 1, True)
+    x = torch.randint(0, 256, (4, 2, 3), dtype=torch.uint8)
+    torch.testing.assert_close(network(x), network(x.float()))

@@ -452,3 +452,12 @@ def test_episodes_of_a_killed_run(tmp_path):
     assert read_episodes(path) == []
     path.write_text("step,return,length\n10,1.5,10\n25,-2,15\n30,7")
     assert read_episodes(path) == [(10, 1.5, 10), (25, -2.0, 15)]
+
+
+@pytest.mark.parametrize("flags", [{"method": "rigl"}, {"sparsity": 0.5}], ids=["method", "sparsity"])
+def test_resume_refuses_masks_of_another_kind_or_count(train, flags, capsys):
+    run = train(method="random", sparsity=0.9, checkpoint_every=400)
+    with pytest.raises(SystemExit) as end:
+        train(**{"method": "random", "sparsity": 0.9} | flags, resume=str(run / "checkpoint.pt"))
+    assert end.value.code == 2
+    assert "--resume" in capsys.readouterr().err
