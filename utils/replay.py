@@ -100,7 +100,7 @@ class Replay:
         terminal: np.ndarray,
         end: np.ndarray,
         next_observation: torch.Tensor,
-    ) -> None:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Stores one step of all environments.
 
         Args:
@@ -109,6 +109,9 @@ class Replay:
             reward: (num_envs,).
             terminal: (num_envs,) bool, the value ends here (a game over; with the old protocol, a lost life too).
             end: (num_envs,) bool, the environment will be reset: terminated or truncated.
+
+        Returns:
+            The transitions that can be drawn from now on, and those that cannot any more: int64, row * num_envs + env.
         """
         row, following = self.added % self.length, (self.added + 1) % self.length
         self.frames[row] = observation[:, -self.frame_channels :]
@@ -123,23 +126,23 @@ class Replay:
         self.age[following] = self._to_device(self.now_age)
         self.just_ended = np.array(end)
         self.added += 1
-        self._advance_queue()
+        return self._advance_queue()
 
-    def _advance_queue(self) -> None:
+    def _advance_queue(self) -> tuple[np.ndarray, np.ndarray]:
         """Lets in the row whose n-step window is now complete, and drops the one that is now too old."""
-        newest, oldest = self.added - self.n_step, self.added - self.rows - 1
-        if newest >= 0:
-            row = newest % self.length
-            starts = row * self.num_envs + np.flatnonzero(self.is_start[row])
-            place = (self.queue_first + self.queue_count + np.arange(len(starts))) % len(self.starts)
-            self.starts[self._to_device(place)] = self._to_device(starts)
-            self.queue_count += len(starts)
-        if oldest >= 0:
-            dropped = int(self.is_start[oldest % self.length].sum())
-            self.queue_first = (self.queue_first + dropped) % len(self.starts)
-            self.queue_count -= dropped
+        entered, dropped = self._starts_in(self.added - self.n_step), self._starts_in(self.added - self.rows - 1)
+        place = (self.queue_first + self.queue_count + np.arange(len(entered))) % len(self.starts)
+        self.starts[self._to_device(place)] = self._to_device(entered)
+        self.queue_first = (self.queue_first + len(dropped)) % len(self.starts)
+        self.queue_count += len(entered) - len(dropped)
         self.first.fill_(self.queue_first)
         self.count.fill_(self.queue_count)
+        return entered, dropped
+
+    def _starts_in(self, row: int) -> np.ndarray:
+        """The transitions (int64) that start in the `row`-th row ever added; none if there is no such row."""
+        place = row % self.length
+        return place * self.num_envs + np.flatnonzero(self.is_start[place] & (row >= 0))
 
     def sample(self, batch_size: int) -> Batch:
         """Draws `batch_size` transitions, uniformly and with replacement, onto the training device."""
@@ -177,17 +180,23 @@ class Replay:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(array).to(self.device, non_blocking=True)
 
-    def cut(self) -> None:
-        """Ends the running episodes as truncated: the environments are about to be reset from outside."""
+    def cut(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ends the running episodes as truncated: the environments are about to be reset from outside.
+
+        Returns:
+            As `add`.
+        """
+        changed = self._starts_in(-1), self._starts_in(-1)  # none
         if self.added:  # the last observation keeps a row of its own, as after any end
             following = self.added % self.length
             self.end[(self.added - 1) % self.length] = True
             self.terminal[following] = self.end[following] = False
             self.is_start[following] = False
             self.added += 1
-            self._advance_queue()
+            changed = self._advance_queue()
         self.just_ended[:] = False
         self.now_age[:] = 0
+        return changed
 
     def state_dict(self) -> dict:
         """For a checkpoint: the rows written so far (on a CPU, sharing the replay's memory) and the host's numbers."""
