@@ -48,6 +48,7 @@ from utils.runs import (
     Run,
     choose_device,
     fail,
+    in_words,
     load_checkpoint,
     median_seconds,
     parse_args,
@@ -63,6 +64,8 @@ SCRIPT = "rainbow_pruned"
 
 @dataclass
 class Args:
+    """The defaults are those for Atari; other environments have those of CLASSIC_CONTROL, below, where it names one."""
+
     # Experiment
     env_id: str = "ALE/Breakout-v5"
     """an Atari game (ALE/Pong-v5), or any Gymnasium id with vector observations and discrete actions (CartPole-v1)"""
@@ -172,18 +175,20 @@ class Args:
 
 # What vector observations get in place of the defaults above, where a flag does not say otherwise.
 CLASSIC_CONTROL = {
-    "network": "mlp",
-    "total_timesteps": 40_000,
-    "learning_rate": 5e-4,
-    "adam_eps": 1.5e-4,
-    "buffer_size": 40_000,
-    "learning_starts": 1_000,
-    "target_network_frequency": 400,
-    "exploration_steps": 8_000,
-    "v_min": 0.0,
-    "v_max": 100.0,  # a reward of 1 for ever, discounted
-    "clip_rewards": False,
     "eval_episodes": 20,
+    "total_timesteps": 20_000,
+    "network": "mlp",
+    "learning_rate": 1e-3,
+    "batch_size": 64,
+    "buffer_size": 20_000,
+    "learning_starts": 1_000,
+    "target_network_frequency": 100,
+    "n_step": 10,  # and so often a new target: in a short run, values must travel fast
+    "v_min": 0.0,
+    "v_max": 100.0,  # CartPole: a reward of 1 for ever, discounted
+    "end_e": 0.05,
+    "exploration_steps": 5_000,
+    "clip_rewards": False,
 }
 
 
@@ -301,8 +306,9 @@ def xavier_init(layer: nn.Module) -> None:
 
 
 def fan_in_init(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Conv2d | nn.Linear):  # variance 1 / (sqrt(3) fan-in), as in Dopamine's Rainbow
-        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(2 * math.sqrt(3) - 1))
+    if isinstance(layer, nn.Conv2d | nn.Linear):  # a variance of 1 / (sqrt(3) fan-in), as in Dopamine's Rainbow
+        bound = math.sqrt(math.sqrt(3) / layer.weight[0].numel())
+        nn.init.uniform_(layer.weight, -bound, bound)
     if getattr(layer, "bias", None) is not None:
         nn.init.zeros_(layer.bias)
 
@@ -326,9 +332,9 @@ def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
 
 @torch.no_grad()
 def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
-    """Gradual magnitude pruning: each layer keeps its largest weights. Zeros rank last, so nothing comes back."""
+    """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
     for name, weight in weights.items():
-        masks[name].copy_(keep_largest(weight.abs(), kept[name]))
+        masks[name].copy_(keep_largest(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
 
 
 def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
@@ -352,7 +358,8 @@ def project(probability: torch.Tensor, place: torch.Tensor, support: torch.Tenso
         The masses (B, N) on `support`.
     """
     distance = (place.clamp(support[0], support[-1])[:, None] - support[:, None]).abs()  # (B, N to, N from)
-    share = (1 - distance / (support[1] - support[0])).clamp(min=0)
+    delta_z = (support[-1] - support[0]) / (len(support) - 1)
+    share = (1 - distance / delta_z).clamp(min=0)
     return (share * probability[:, None]).sum(-1)
 
 
@@ -490,8 +497,8 @@ def main(args: Args) -> np.ndarray:
             lambda: td_loss(q_network, target_network, batch, support, args.double)[0].mean().backward()
         )
         per_step = median_seconds(lambda: q_network(blank[:1]))
-        hours = ((n_updates - update) * per_update + (args.total_timesteps - global_step) * per_step) / 3600
-        print(f"no GPU here: about {hours:,.1f} hours, at {per_update:.2f} s an update")
+        seconds = (n_updates - update) * per_update + (args.total_timesteps - global_step) * per_step
+        print(f"no GPU here: this will take about {in_words(seconds)}, at {per_update:.2f} s an update")
         print("a small task that ends within minutes: python rainbow_pruned.py --env-id CartPole-v1")
 
     dataset = None
@@ -500,9 +507,9 @@ def main(args: Args) -> np.ndarray:
             dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, append=bool(args.resume))
         except OSError as error:
             fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset}: {error.strerror}")
-    run = Run(args, SCRIPT, global_step)
     table = mask_table(shapes, final_kept)
     print(table)
+    run = Run(args, SCRIPT, global_step)
     run.text("sparsity", table)
 
     def save_checkpoint() -> None:
@@ -532,6 +539,7 @@ def main(args: Args) -> np.ndarray:
     observation = to_device(raw)
     lives = infos.get("lives")
     resetting = np.zeros(args.num_envs, dtype=bool)
+    loss = None
     while global_step < args.total_timesteps and not run.stopping:
         progress = (global_step - args.learning_starts) / args.exploration_steps
         epsilon = 0.0 if args.noisy else linear_schedule(args.start_e, args.end_e, progress)
@@ -582,7 +590,7 @@ def main(args: Args) -> np.ndarray:
             target_network.load_state_dict(q_network.state_dict())
 
         run.progress(global_step)
-        if update and global_step // log_every > last_step // log_every:
+        if loss is not None and global_step // log_every > last_step // log_every:
             td, q = torch.stack([loss.detach(), q_mean]).tolist()
             sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
             sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
@@ -603,7 +611,9 @@ def main(args: Args) -> np.ndarray:
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
     save_atomically(model | {"masks": {"q_network": masks}}, run.folder / "model.pt")
-    learning_curve(read_episodes(run.folder / "episodes.csv"), run.folder.name, run.folder / "curve.png")
+    zeros = "" if args.method == "dense" else f" {args.sparsity:g}"
+    title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
+    learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
 
     q_network.eval()  # no noise
 
@@ -618,6 +628,7 @@ def main(args: Args) -> np.ndarray:
     for episode, value in enumerate(returns):
         run.scalars({"eval/episodic_return": value}, episode)
     run.close()
+    print(f"model.pt, curve.png and the logs are in {run.folder}")
     print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
     return returns
 
