@@ -19,7 +19,9 @@ def shown(value):
     return f"{value:,}" if isinstance(value, int) and value >= 1000 else str(value)
 
 
-@pytest.mark.parametrize(("script", "preset"), [("dqn_sparse", "CLASSIC_CONTROL")])
+@pytest.mark.parametrize(
+    ("script", "preset"), [("dqn_sparse", "CLASSIC_CONTROL"), ("rainbow_pruned", "CLASSIC_CONTROL")]
+)
 def test_hyperparameter_table_is_that_of_the_script(script, preset):
     module = importlib.import_module(script)
     preset = getattr(module, preset)

@@ -1,0 +1,167 @@
+"""What prioritised replay costs in rainbow_pruned.py, and its agent steps per second beside another script's.
+
+    python benchmarks/rainbow.py [--peer path/to/rainbow_atari.py --peer-flags "..."] [--rounds 5]
+
+Breakout with the Nature network, one environment, batch 32, one update per 4 agent steps. Whatever is compared takes
+turns, so that a machine whose speed drifts slows all of it. Writes docs/rainbow_sampling.png.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import psutil
+import torch
+from dqn import ms_per_update
+from gymnasium.spaces import Box, Discrete
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rainbow_pruned as rainbow
+from utils import priorities as tree
+from utils.replay import Replay
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+OURS = "--env-id ALE/Breakout-v5 --network nature --method dense --learning-starts 1000 --total-timesteps 1000000"
+OURS += " --runs-dir /tmp/bench"
+SCRIPTS = {"compact": OURS, "full": f"{OURS} --double --dueling --noisy"}
+
+
+def alternating_medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median microseconds of each action; they take turns."""
+    times = {name: [] for name in actions}
+    for i in range(rounds + 3):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if i >= 3:
+                times[name].append(1e6 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def filled_tree(size: int, fan_out: int) -> tree.Priorities:
+    tree.FAN_OUT = fan_out
+    priorities = tree.Priorities(size, CPU)
+    priorities.load_state_dict({"values": torch.rand(size, dtype=torch.float64)})
+    return priorities
+
+
+def sampling_against_capacity(path: Path) -> None:
+    sizes, fan_outs = [10_000, 100_000, 1_000_000, 10_000_000], [2, 16, 64, 128, 256, 1024]
+    chosen = tree.FAN_OUT
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    rows = {fan_out: [] for fan_out in fan_outs}
+    for size in sizes:
+        actions = {}
+        for fan_out in fan_outs:
+            priorities = filled_tree(size, fan_out)
+            priority = torch.rand(32)
+
+            def both(priorities=priorities, priority=priority, fan_out=fan_out) -> None:
+                tree.FAN_OUT = fan_out
+                slots, _ = priorities.sample(32)
+                priorities.update(slots, priority)
+
+            actions[fan_out] = both
+        for fan_out, median in alternating_medians(actions, 300).items():
+            rows[fan_out].append(median)
+    tree.FAN_OUT = chosen
+    print("\n| fan-out | " + " | ".join(f"{size:,}" for size in sizes) + " |\n|--:|" + "--:|" * len(sizes))
+    for fan_out, values in rows.items():
+        print(f"| {fan_out} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
+        style = {"color": "#0072B2", "linewidth": 2.5} if fan_out == chosen else {"linewidth": 1, "alpha": 0.7}
+        axes.plot(sizes, values, "o-", markersize=4, label=f"fan-out {fan_out}", **style)
+    axes.set(xscale="log", xlabel="capacity", ylabel="µs for 32 draws and 32 updates", ylim=(0, None))
+    axes.set(title="Prioritised sampling, one CPU core")
+    figure.legend(loc="outside right center", frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def share_of_an_update(capacity: int) -> None:
+    """Times the parts of an update on a replay of `capacity` frames, all written."""
+    before = psutil.Process().memory_info().rss
+    space = Box(0, 255, (4, 84, 84), np.uint8)
+    args = rainbow.Args(network="nature")
+    replay = Replay(capacity, 1, space, Discrete(4), 4, args.n_step, args.gamma, CPU)
+    replay.frames.fill_(1)
+    for name in ("action", "reward", "terminal", "end", "starts"):
+        getattr(replay, name).fill_(0)
+    priorities = filled_tree(replay.length, tree.FAN_OUT)
+    memory = psutil.Process().memory_info().rss - before
+    network = rainbow.make_network(args, space, 4)
+    target = copy.deepcopy(network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
+    support = torch.linspace(args.v_min, args.v_max, args.n_atoms)
+    one, two, largest = np.array([1]), np.array([2]), torch.ones(())
+    priority = torch.rand(args.batch_size)
+
+    def prioritise() -> None:
+        start, probability = priorities.sample(args.batch_size)
+        rainbow.importance_weights(probability, args.beta)
+        priorities.update(start, priority)
+
+    def turn_over() -> None:
+        for _ in range(4):  # agent steps per update
+            priorities.turn_over(one, two, largest)
+
+    def gather() -> None:
+        replay.gather(priorities.sample(args.batch_size)[0])
+
+    batch = replay.gather(priorities.sample(args.batch_size)[0])
+
+    def learn() -> None:
+        losses, _ = rainbow.td_loss(network, target, batch, support, args.double)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+
+    parts = {"sample, weights, update": prioritise, "4 x turn over": turn_over, "gather": gather, "learn": learn}
+    medians = alternating_medians(parts, 100)
+    update = medians["sample, weights, update"] + medians["gather"] + medians["learn"]
+    print(f"\nreplay of {capacity:,} with priorities: {memory / 1e9:.2f} GB\n")
+    print("| part | µs | of an update |\n|---|--:|--:|")
+    for name, median in medians.items():
+        print(f"| {name} | {median:.0f} | {100 * median / update:.1f} % |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="another training script that makes one update per 4 agent steps")
+    parser.add_argument("--peer-flags", default="", help="its flags, in one string")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--capacity", type=int, default=1_000_000, help="frames in the replay whose parts are timed")
+    args = parser.parse_args()
+
+    sampling_against_capacity(ROOT / "docs" / "rainbow_sampling.png")
+    share_of_an_update(args.capacity)
+
+    contenders = {name: (str(ROOT / "rainbow_pruned.py"), flags) for name, flags in SCRIPTS.items()}
+    if args.peer:
+        contenders["peer"] = (args.peer, args.peer_flags)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(args.rounds):
+        for name, (path, flags) in contenders.items():
+            times[name].append(ms_per_update(path, flags, args.updates))
+    print("\n| script | ms per update and 4 steps | agent steps/s | speed over the last (min, median, max) |")
+    print("|---|--:|--:|--:|")
+    for name, values in times.items():
+        ratios = sorted(last / value for value, last in zip(values, list(times.values())[-1]))
+        middle = statistics.median(values)
+        spread = f"{ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f}"
+        print(f"| {name} | {middle:.1f} | {4e3 / middle:.0f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
