@@ -257,6 +257,8 @@ class ResidualBlock(nn.Module):
         for conv in (self.conv1, self.conv2):  # LeCun normal, the default of Flax that Dopamine leaves in place here
             std = math.sqrt(1 / (9 * channels)) / 0.87962566  # the standard deviation of a normal cut at +-2
             nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+            if bias:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))

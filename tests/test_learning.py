@@ -3,6 +3,7 @@
 import pytest
 
 import dqn_sparse
+import rainbow_pruned
 
 
 @pytest.mark.parametrize("method", ["dense", "random", "gmp", "rigl", "set"])
@@ -11,3 +12,10 @@ def test_dqn_solves_cartpole_at_90_percent_sparsity(method, tmp_path):
     returns = dqn_sparse.main(dqn_sparse.Args(**args, method=method, sparsity=0.9))
     assert len(returns) == 20
     assert returns.mean() >= 475  # the task's own threshold
+
+
+def test_rainbow_solves_cartpole_with_a_tenth_of_its_weights(tmp_path):
+    args = rainbow_pruned.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "cuda": False, "runs_dir": str(tmp_path)}
+    returns = rainbow_pruned.main(rainbow_pruned.Args(**args, sparsity=0.9))
+    assert len(returns) == 20
+    assert returns.mean() >= 475

@@ -65,6 +65,17 @@ def test_the_only_slot_with_priority_is_always_drawn():
             assert (slots == slot).all() and (probability == 1).all()
 
 
+@pytest.mark.parametrize("u", [0.0, np.nextafter(1, 0)])
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_ends_of_the_unit_interval_draw_no_slot_without_priority(u, size, monkeypatch):
+    values = np.zeros(size)
+    values[size // 3 : size // 2] = np.random.default_rng(0).random(size // 2 - size // 3)
+    priorities = filled(values)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u, **options))
+    slots, _ = priorities.sample(1)
+    assert slots.item() == (size // 3 if u == 0 else size // 2 - 1)
+
+
 def test_a_million_slots_keep_double_precision():
     """Ten slots of 1e-9 among a million of 1: float32 sums would lose them, and an added error would show."""
     size = 1_000_003

@@ -315,6 +315,16 @@ def test_the_loop_gives_new_transitions_the_largest_priority_and_drawn_ones_that
     assert updates == len(losses) == 100 and largest > 1
 
 
+def test_the_loss_is_weighted(tmp_path, monkeypatch):
+    monkeypatch.setattr(rainbow, "importance_weights", lambda probability, beta: torch.zeros(len(probability)))
+    args = make_args(**TINY, method="dense", runs_dir=str(tmp_path))
+    rainbow.main(args)
+    torch.manual_seed(args.seed)
+    untrained = rainbow.make_network(args, Box(-1, 1, (4,)), 2).state_dict()
+    model = torch.load(next(tmp_path.glob("*/model.pt")), weights_only=True)["networks"]["q_network"]
+    assert all(torch.equal(model[name], untrained[name]) for name in untrained)
+
+
 def test_resume_restores_the_priorities_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(rainbow, "Priorities", Recorder)
     args = make_args(**TINY, sparsity=0.9, checkpoint_every=300, runs_dir=str(tmp_path))
@@ -329,6 +339,7 @@ def test_resume_restores_the_priorities_and_goes_on(tmp_path, monkeypatch):
 
     rainbow.main(replace(args, resume=str(checkpoint)))
     assert torch.equal(Recorder.latest.restored, values)
+    assert Recorder.latest.calls[0] == ("turn over", saved["max_priority"].item())
     model = torch.load(checkpoint.parent / "model.pt", weights_only=True)
     zeros = sum((~mask).sum().item() for mask in model["masks"]["q_network"].values())
     total = sum(mask.numel() for mask in model["masks"]["q_network"].values())
