@@ -1,17 +1,28 @@
-"""Environments: the Atari protocol of Machado et al. (2018) as Dopamine runs it, and any other Gymnasium id.
+"""Environments: the Atari protocol of Machado et al. (2018) as Dopamine runs it, and any other Gymnasium id, among them
+MuJoCo's and, through shimmy, those of the DeepMind Control suite (`dm_control/humanoid-run-v0`).
 
 Vector environments are in Gymnasium's NEXT_STEP mode: the step after an episode's end ignores its action, returns the
 first observation of the next episode and a reward of 0, and is no transition.
 """
 
 import difflib
+import importlib.util
 import re
 
 import ale_py
 import gymnasium as gym
+import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo
+from gymnasium.wrappers import (
+    AtariPreprocessing,
+    DtypeObservation,
+    FlattenObservation,
+    FrameStackObservation,
+    RecordVideo,
+    RepeatAction,
+    RescaleAction,
+)
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 gym.register_envs(ale_py)
@@ -27,7 +38,11 @@ def atari_game(env_id: str) -> str | None:
 
 
 def unknown_env(env_id: str) -> str | None:
-    """None if `env_id` can be made, else what is wrong with it and the nearest ids, in one line."""
+    """None if `env_id` is known, else what is wrong with it and the nearest ids or what to install, in one line."""
+    if env_id.startswith("dm_control/"):
+        if not (importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control")):
+            return f"{env_id} needs DeepMind Control; pip install 'shimmy[dm-control]' 'mujoco<4'"
+        importlib.import_module("shimmy")  # registers the ids
     game = atari_game(env_id)
     wanted = f"ALE/{game}-v5" if game else env_id
     if wanted in gym.registry:
@@ -36,7 +51,29 @@ def unknown_env(env_id: str) -> str | None:
     return f"no environment {env_id!r} is installed" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
-def make_envs(env_id: str, num_envs: int, sticky_actions: float = 0.25, noop_max: int = 0) -> VectorEnv:
+def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:
+    """One environment that is not Atari, as the agents like it: dictionaries of observations flattened into a vector,
+    float32 instead of float64, bounded continuous actions scaled to [-1, 1].
+
+    Args:
+        action_repeat: play each action so many times and sum the rewards.
+        video_folder: write every episode there as an MP4.
+    """
+    env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+    if video_folder:
+        env = RecordVideo(env, video_folder, lambda episode: True)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = FlattenObservation(env)
+    if env.observation_space.dtype == np.float64:
+        env = DtypeObservation(env, np.float32)
+    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
+        env = RescaleAction(env, -1.0, 1.0)
+    return RepeatAction(env, action_repeat) if action_repeat > 1 else env
+
+
+def make_envs(
+    env_id: str, num_envs: int, sticky_actions: float = 0.25, noop_max: int = 0, action_repeat: int = 1
+) -> VectorEnv:
     """A vector environment whose `infos["episode"]` holds the true return `r` and length `l` of episodes that end.
 
     Atari observations are uint8 (num_envs, 4, 84, 84), the newest frame last, all-zero frames before an episode's
@@ -45,10 +82,12 @@ def make_envs(env_id: str, num_envs: int, sticky_actions: float = 0.25, noop_max
     Args:
         sticky_actions: Atari only, probability that the emulator repeats the previous action (Machado et al. 2018).
         noop_max: Atari only, up to so many no-op actions at the start of an episode (Mnih et al. 2015).
+        action_repeat: all but Atari, see `make_env`.
     """
     game = atari_game(env_id)
     if game is None:
-        envs = SyncVectorEnv([lambda: gym.make(env_id)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+        make = [lambda: make_env(env_id, action_repeat)] * num_envs
+        envs = SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
     else:
         envs = AtariVectorEnv(
             gym.spec(f"ALE/{game}-v5").kwargs["game"],
@@ -73,13 +112,15 @@ def make_envs(env_id: str, num_envs: int, sticky_actions: float = 0.25, noop_max
     return RecordEpisodeStatistics(envs)
 
 
-def make_video_env(env_id: str, folder: str, sticky_actions: float = 0.25, noop_max: int = 0) -> VectorEnv:
+def make_video_env(
+    env_id: str, folder: str, sticky_actions: float = 0.25, noop_max: int = 0, action_repeat: int = 1
+) -> VectorEnv:
     """One ordinary environment that writes every episode to `folder` as an MP4; observations as from `make_envs`."""
 
     def make() -> gym.Env:
         game = atari_game(env_id)
         if game is None:
-            return RecordVideo(gym.make(env_id, render_mode="rgb_array"), folder, lambda episode: True)
+            return make_env(env_id, action_repeat, folder)
         env = gym.make(
             f"ALE/{game}-v5",
             render_mode="rgb_array",
