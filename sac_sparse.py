@@ -175,6 +175,8 @@ MLP = {
     "target_entropy": -1.0,
 }
 
+# Hidden units, and residual blocks or hidden layers, of the actor and of the critic at --width 1 --depth 1.
+SIZES = {"simba": ((128, 1), (512, 2)), "mlp": ((256, 2), (256, 2))}
 # SimBa takes the smaller of two critics where an episode can terminate, and one critic elsewhere.
 NEVER_TERMINATES = ("dm_control/", "HalfCheetah-", "HumanoidStandup-", "Pendulum-", "Pusher-", "Reacher-", "Swimmer-")
 DM_CONTROL_STEPS = 1_000  # an episode of the suite, before actions are repeated
@@ -246,8 +248,8 @@ def simba(n: int, inputs: int, hidden: int, blocks: int) -> nn.Sequential:
 
 def mlp(n: int, inputs: int, hidden: int, layers: int) -> nn.Sequential:
     """Hidden layers with ReLU, `n` side by side: (n, B, inputs) -> (n, B, hidden)."""
-    sizes = [inputs] + [hidden] * layers
-    return nn.Sequential(*(m for i, o in itertools.pairwise(sizes) for m in (Linear(n, i, o, torch_init), nn.ReLU())))
+    pairs = itertools.pairwise([inputs] + [hidden] * layers)
+    return nn.Sequential(*(layer for i, o in pairs for layer in (Linear(n, i, o, torch_init), nn.ReLU(inplace=True))))
 
 
 class Actor(nn.Module):
@@ -331,20 +333,16 @@ class RSNorm(nn.Module):
 
 def make_networks(args: Args, observations: int, actions: int) -> tuple[nn.Module, nn.Module]:
     """Actor and critic for vectors of these lengths."""
-    n, inputs, wide = args.num_critics, observations + actions, args.width
-    if args.network == "simba":
-        init, min_log_std, actor_hidden, critic_hidden = orthogonal_init, -10, 128 * wide, 512 * wide
-        actor_encoder = simba(1, observations, actor_hidden, args.depth)
-        critic_encoder = simba(n, inputs, critic_hidden, 2 * args.depth)
-    else:
-        init, min_log_std, actor_hidden, critic_hidden = torch_init, -5, 256 * wide, 256 * wide
-        actor_encoder = mlp(1, observations, actor_hidden, 2 * args.depth)
-        critic_encoder = mlp(n, inputs, critic_hidden, 2 * args.depth)
+    encoder, init, min_log_std = (simba, orthogonal_init, -10) if args.network == "simba" else (mlp, torch_init, -5)
+    sizes = [(units * args.width, layers * args.depth) for units, layers in SIZES[args.network]]
+    (actor_hidden, actor_layers), (critic_hidden, critic_layers) = sizes
+    actor_encoder = encoder(1, observations, actor_hidden, actor_layers)
+    critic_encoder = encoder(args.num_critics, observations + actions, critic_hidden, critic_layers)
     if args.algorithm == "sac":
         actor = Actor(actor_encoder, actor_hidden, actions, init, min_log_std)
     else:
         actor = DeterministicActor(actor_encoder, actor_hidden, actions, init, args.exploration_noise)
-    return actor, Critic(critic_encoder, n, critic_hidden, init)
+    return actor, Critic(critic_encoder, args.num_critics, critic_hidden, init)
 
 
 def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
@@ -398,6 +396,11 @@ def actor_loss(actor: nn.Module, critic: nn.Module, observation: torch.Tensor, a
     action, log_pi = actor(observation)
     q = critic(observation, action).amin(0)  # (B,)
     return (alpha * log_pi - q).mean(), -log_pi.detach().mean()
+
+
+def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    """Its gradient raises the temperature alpha while the entropy is below its target."""
+    return log_alpha.exp() * (entropy - target_entropy)
 
 
 def critic_loss(actor, critic, target_critic, batch: Batch, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -479,7 +482,7 @@ def main(args: Args) -> np.ndarray:
     # DDPG is the same agent at temperature 0
     log_alpha = torch.tensor(math.log(args.init_alpha) if args.algorithm == "sac" else -math.inf, device=device)
     log_alpha.requires_grad_()
-    entropy_goal = args.target_entropy * math.prod(actions.shape)
+    target_entropy = args.target_entropy * math.prod(actions.shape)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizers = {
         "actor": torch.optim.AdamW(actor.parameters(), args.policy_lr, weight_decay=args.weight_decay, **adam),
@@ -642,7 +645,7 @@ def main(args: Args) -> np.ndarray:
             policy_loss.backward(inputs=list(actor.parameters()))  # the critic gets no gradient from it
             optimizer_step("actor")
 
-            alpha_loss = log_alpha.exp() * (entropy - entropy_goal)
+            alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
             if args.algorithm == "sac":
                 optimizers["alpha"].zero_grad()
                 alpha_loss.backward()

@@ -16,7 +16,6 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import (
     AtariPreprocessing,
-    DtypeObservation,
     FlattenObservation,
     FrameStackObservation,
     RecordVideo,
@@ -52,22 +51,20 @@ def unknown_env(env_id: str) -> str | None:
 
 
 def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:
-    """One environment that is not Atari, as the agents like it: dictionaries of observations flattened into a vector,
-    float32 instead of float64, bounded continuous actions scaled to [-1, 1].
+    """One environment that is not Atari; a dictionary of observations becomes a vector, and bounded continuous actions
+    are scaled to [-1, 1].
 
     Args:
         action_repeat: play each action so many times and sum the rewards.
         video_folder: write every episode there as an MP4.
     """
-    env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+    env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
     if video_folder:
-        env = RecordVideo(env, video_folder, lambda episode: True)
+        env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
-    if env.observation_space.dtype == np.float64:
-        env = DtypeObservation(env, np.float32)
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        env = RescaleAction(env, -1.0, 1.0)
+        env = RescaleAction(env, np.float32(-1), np.float32(1))
     return RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
 

@@ -39,8 +39,8 @@ def require(args: object, name: str, ok: bool, takes: str) -> None:
 
 def parse_args(args_class: type[ArgsT], *presets: tuple[dict[str, object], Callable[[ArgsT], bool]]) -> ArgsT:
     """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
-    `--resume` names; the value in the last of the `presets` (values, applies) that has one and for which `applies(args)`
-    is true, `args` being what the presets before it gave; the default in the class.
+    `--resume` names; that in the last of the `presets` (values, applies) which has one and for which `applies(args)` is
+    true, `args` being what the presets before it led to; the default in the class.
     """
     args = tyro.cli(args_class)
     if args.resume:
