@@ -158,7 +158,7 @@ class Args:
 # What these get in place of the defaults above, where a flag does not say otherwise: a small task ...
 PENDULUM = {
     "network": "mlp",
-    "total_timesteps": 10_000,
+    "total_timesteps": 8_000,
     "learning_starts": 1_000,
     "eval_episodes": 20,
 }
