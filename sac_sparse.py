@@ -44,6 +44,7 @@ from utils.runs import (
     Run,
     choose_device,
     fail,
+    in_words,
     load_checkpoint,
     median_seconds,
     parse_args,
@@ -59,6 +60,8 @@ SCRIPT = "sac_sparse"
 
 @dataclass
 class Args:
+    """The defaults are SimBa's; the MLP and Pendulum have those of MLP and PENDULUM, below, where these name one."""
+
     # Experiment
     env_id: str = "dm_control/humanoid-run-v0"
     """any Gymnasium id with vector observations and bounded continuous actions (HalfCheetah-v5, Pendulum-v1), or a task
@@ -157,10 +160,10 @@ class Args:
 
 # What these get in place of the defaults above, where a flag does not say otherwise: a small task ...
 PENDULUM = {
-    "network": "mlp",
-    "total_timesteps": 8_000,
-    "learning_starts": 1_000,
     "eval_episodes": 20,
+    "total_timesteps": 8_000,
+    "network": "mlp",
+    "learning_starts": 1_000,
 }
 # ... and the MLP (CleanRL's sac_continuous_action.py).
 MLP = {
@@ -356,7 +359,7 @@ def cosine_drop_fraction(update: int, end: int, initial: float) -> float:
     return initial / 2 * (1 + math.cos(math.pi * min(update / end, 1.0)))
 
 
-def keep_largest_each(score: torch.Tensor, count: int) -> torch.Tensor:
+def largest_each(score: torch.Tensor, count: int) -> torch.Tensor:
     """`keep_largest` in the matrix of every critic: (n, inputs, outputs), `count` of each."""
     return torch.stack([keep_largest(matrix, count) for matrix in score])
 
@@ -365,7 +368,7 @@ def keep_largest_each(score: torch.Tensor, count: int) -> torch.Tensor:
 def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
     for name, weight in weights.items():
-        masks[name].copy_(keep_largest_each(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
+        masks[name].copy_(largest_each(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
 
 
 @torch.no_grad()
@@ -374,11 +377,9 @@ def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fra
     for name, weight in weights.items():
         mask, n_active = masks[name], kept[name]  # the count never changes
         n_drop = int(drop_fraction * n_active)
-        staying = keep_largest_each(weight.abs().masked_fill(~mask, -math.inf), n_active - n_drop)
+        staying = largest_each(weight.abs().masked_fill(~mask, -math.inf), n_active - n_drop)
         score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
-        grown = keep_largest_each(
-            score.masked_fill(staying, -math.inf), n_drop
-        )  # what was just dropped may grow back ...
+        grown = largest_each(score.masked_fill(staying, -math.inf), n_drop)  # what was just dropped may grow back ...
         new = grown & ~mask  # ... and then keeps its value and its Adam moments; only these start from nothing
         weight.masked_fill_(new, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -553,8 +554,8 @@ def main(args: Args) -> np.ndarray:
         alpha = log_alpha.detach().exp()
         per_update = median_seconds(lambda: critic_loss(actor, critic, target_critic, batch, alpha)[0].sum().backward())
         per_update += median_seconds(lambda: actor_loss(actor, critic, blank, alpha)[0].backward())
-        hours = (n_updates - update) * per_update / 3600
-        print(f"no GPU here: about {hours:,.1f} hours, at {per_update:.2f} s an update")
+        seconds = (n_updates - update) * per_update
+        print(f"no GPU here: this will take about {in_words(seconds)}, at {per_update:.2f} s an update")
         print("a small task that ends within minutes: python sac_sparse.py --env-id Pendulum-v1")
 
     layers = {(net, name): weight for net in weights for name, weight in weights[net].items()}
@@ -691,7 +692,9 @@ def main(args: Args) -> np.ndarray:
     del networks["target_critic"]
     model = {"networks": {name: network.state_dict() for name, network in networks.items()}, "masks": masks}
     save_atomically({"script": SCRIPT, "args": asdict(args)} | model, run.folder / "model.pt")
-    learning_curve(read_episodes(run.folder / "episodes.csv"), run.folder.name, run.folder / "curve.png")
+    zeros = "" if args.method == "dense" else f" {goal['actor']:g} and {goal['critic']:g}"
+    title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
+    learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
 
     def policy(observation: np.ndarray) -> np.ndarray:
         return act(actor.greedy, rsnorm(to_device(observation)))
@@ -710,5 +713,6 @@ def main(args: Args) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    small = (PENDULUM, lambda args: args.env_id.startswith("Pendulum-"))
-    main(parse_args(Args, small, (MLP, lambda args: args.network == "mlp")))
+    args = parse_args(Args, PENDULUM, lambda args: args.env_id.startswith("Pendulum-"))
+    small = PENDULUM if args.env_id.startswith("Pendulum-") else {}
+    main(parse_args(Args, MLP | small if args.network == "mlp" else small, lambda args: True))
