@@ -1,7 +1,9 @@
 """sac_sparse.py against published counts, closed forms, torch.distributions and a slow literal SAC."""
 
 import math
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -507,14 +509,54 @@ def test_resume_goes_on_exactly_where_the_checkpoint_was(tmp_path, monkeypatch, 
             assert all(torch.equal(mask, end["masks"][net][name]) for name, mask in masks.items())
 
 
-def test_evaluation_is_deterministic_and_uses_the_normaliser(tmp_path, small_simba):
-    returns = sac_sparse.main(small(tmp_path, network="simba", eval_episodes=3))
-    assert returns.tolist() == [5.0, 5.0, 5.0]
-    model = load(run_folder(tmp_path) / "model.pt")
-    assert set(model["networks"]) == {"actor", "critic", "rsnorm"}
-    assert model["networks"]["rsnorm"]["mean"][0] == pytest.approx(
-        2.0, abs=0.1
-    )  # 0, 1, 2, 3, 4: where actions are taken
+def test_evaluation_is_without_noise_and_uses_the_normaliser(tmp_path, monkeypatch, small_simba):
+    policies = []
+    evaluate = sac_sparse.evaluate
+    monkeypatch.setattr(
+        sac_sparse, "evaluate", lambda envs, policy, *a: policies.append(policy) or evaluate(envs, policy, *a)
+    )
+    sac_sparse.main(small(tmp_path, network="simba", eval_episodes=3))
+    saved = load(run_folder(tmp_path) / "model.pt")["networks"]
+    assert set(saved) == {"actor", "critic", "rsnorm"}
+    assert saved["rsnorm"]["mean"][0] == pytest.approx(2.0, abs=0.1)  # 0, 1, 2, 3, 4: where actions are taken
+
+    actor = make_networks(replace(Args(num_critics=2)), 2, 1)[0]
+    actor.load_state_dict(saved["actor"])
+    observation = np.array([[3.0, 1.0]])
+    mean, var = saved["rsnorm"]["mean"].numpy(), saved["rsnorm"]["var"].numpy()
+    normal = torch.tensor((observation - mean) / np.sqrt(var + 1e-8), dtype=torch.float32)
+    expected = torch.tanh(actor.mean(actor.encoder(normal[None]))[0])
+    np.testing.assert_allclose(policies[0](observation), expected.detach(), rtol=1e-5)
+
+
+def test_table_of_hyperparameters_in_the_docs():
+    page = (Path(__file__).parent.parent / "docs" / "sac_sparse.md").read_text()
+    table = {
+        flag: values for flag, *values in re.findall(r"^\| `--([\w-]+)` \| (.*?) \| ?(.*?) \| ?(.*?) \|", page, re.M)
+    }
+    for field in fields(Args):
+        name = field.name.replace("_", "-")
+        if name in table:
+            columns = field.default, MLP.get(field.name, ""), PENDULUM.get(field.name, "")
+            shown = ["derived" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in columns]
+            assert [value.replace(",", "") for value in table.pop(name)] == shown, name
+    assert not table
+    for line in re.findall(r"^\| x(\d) \|(.*)\|$", page, re.M):
+        width, (_, _, *counts) = int(line[0]), [int(cell.replace(",", "")) for cell in line[1].split("|")]
+        for lengths, found in ((HUMANOID, counts[:3]), (DOG, counts[3:])):
+            assert found == [parameters_kept(lengths, width, sparsity) for sparsity in (0.0, 0.8, 0.9)]
+
+
+def parameters_kept(lengths, width, sparsity):
+    with torch.device("meta"):
+        pair = networks(*lengths, width=width)
+    total = 0
+    for network in pair:
+        shapes = leaf_shapes(network)
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+        densities = erk_densities(matrices, sparsity)
+        total += sum(round(math.prod(shape) * densities.get(name, 1)) for name, shape in shapes.items())
+    return total
 
 
 # Bad input

@@ -11,7 +11,6 @@ import re
 
 import ale_py
 import gymnasium as gym
-import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import (
@@ -64,7 +63,8 @@ def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = Non
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
     if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        env = RescaleAction(env, np.float32(-1), np.float32(1))
+        one = env.action_space.dtype.type(1)
+        env = RescaleAction(env, -one, one)
     return RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
 
