@@ -539,8 +539,10 @@ def main(args: Args) -> np.ndarray:
             replay.load_state_dict(saved["replay"])
         except (RuntimeError, ValueError) as error:
             fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
-        if any(saved["masks"][net].keys() != masks[net].keys() for net in masks):
-            fail(f"--resume: {args.resume} has other masks than --method {args.method}")
+        same_names = all(saved["masks"][net].keys() == masks[net].keys() for net in masks)
+        same_counts = same_names and (args.method == "gmp" or saved["kept"] == kept)
+        if saved["args"]["method"] != args.method or not same_counts:
+            fail(f"--resume: {args.resume} has other masks than --method {args.method} and the sparsity given")
         for net in masks:
             for name in masks[net]:
                 masks[net][name].copy_(saved["masks"][net][name])
