@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import json
 import os
 import re
 from pathlib import Path
@@ -56,6 +57,7 @@ class DatasetWriter:
         num_envs: int,
         space: Box,
         stack: int,
+        env_id: str | None = None,
         append: bool = False,
         chunk_rows: int = 1_000_000,
         flush_every: int = 1_000,
@@ -65,6 +67,7 @@ class DatasetWriter:
         Args:
             space: of one observation.
             stack: frames in its first dimension, the newest last; 1 for vectors.
+            env_id: kept in `dataset.json`, so that a reader knows where to play.
             append: add chunks behind those that are in the folder.
 
         Raises:
@@ -74,6 +77,8 @@ class DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not append and any(self.folder.iterdir()):
             raise FileExistsError(errno.ENOTEMPTY, "it is not empty", folder)
+        if env_id:
+            (self.folder / "dataset.json").write_text(json.dumps({"env_id": env_id}) + "\n")
         self.layout = {
             "observation": (space.shape[1:] if stack > 1 else space.shape, space.dtype),
             "action": ((), np.int32),

@@ -37,16 +37,22 @@ def require(args: object, name: str, ok: bool, takes: str) -> None:
         fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
 
 
-def parse_args(args_class: type[ArgsT], presets: dict[str, object], applies: Callable[[ArgsT], bool]) -> ArgsT:
+def parse_args(args_class: type[ArgsT], *presets: tuple[dict[str, object], Callable[[ArgsT], bool]]) -> ArgsT:
     """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
-    `--resume` names; the value in `presets`, if `applies(args)`; the default in the class.
+    `--resume` names; the value in the last of the `presets` (values, applies) that has one and for which
+    `applies(args)` is true, `args` being what the presets before it gave; the default in the class.
     """
     args = tyro.cli(args_class)
     if args.resume:
         saved = load_checkpoint(args.resume, Path(sys.argv[0]).stem)["args"]
         known = {field.name for field in fields(args_class)}
         return tyro.cli(args_class, default=args_class(**{k: v for k, v in saved.items() if k in known}))
-    return tyro.cli(args_class, default=replace(args_class(), **presets)) if applies(args) else args
+    default = args_class()
+    for values, applies in presets:
+        if applies(args):
+            default = replace(default, **values)
+            args = tyro.cli(args_class, default=default)
+    return args
 
 
 def choose_device(cuda: bool) -> torch.device:
@@ -84,8 +90,13 @@ class Run:
     `stopping`, for the loop to act on; a second one ends the program at once.
     """
 
-    def __init__(self, args: object, script: str, step: int = 0) -> None:
-        """Makes the folder, or goes on in the one of `args.resume`, forgetting what was logged after `step`."""
+    def __init__(self, args: object, script: str, step: int = 0, total: int | None = None, unit: str = "step") -> None:
+        """Makes the folder, or goes on in the one of `args.resume`, forgetting what was logged after `step`.
+
+        Args:
+            total: steps of the whole run, `args.total_timesteps` unless given.
+            unit: what a step is called on the progress line.
+        """
         wandb = import_wandb() if args.track else None
         if args.resume:
             self.folder = Path(args.resume).resolve().parent
@@ -120,7 +131,10 @@ class Run:
         self.start_step, self.start_time, self.latest_return = step, time.time(), float("nan")
         # A terminal gets a living line; a log file gets one twice a minute.
         self.bar = tqdm(
-            total=args.total_timesteps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0
+            total=total or args.total_timesteps,
+            initial=step,
+            unit=unit,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
         self.stopping = False
         self.handlers = {}

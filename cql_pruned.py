@@ -1,0 +1,580 @@
+"""Offline CQL on logged Atari with a sparse network: fewer weights in a wider network make a better agent.
+
+The agent learns from a dataset alone: Dopamine's DQN (`--loss huber`) or C51 (`--loss c51`) with conservative
+Q-learning, which holds down the values of actions that the data do not show. `--method` says where the zeros come from:
+gradual magnitude pruning during training (gmp), or a random mask fixed before it (random). Everything that changes
+learning is in this file.
+
+Obando-Ceron, Courville, Castro (2024), In value-based deep RL, a pruned network is a good network. arXiv:2402.12479
+Kumar, Zhou, Tucker, Levine (2020), Conservative Q-learning for offline reinforcement learning. arXiv:2006.04779
+Agarwal, Schuurmans, Norouzi (2020), An optimistic perspective on offline reinforcement learning. arXiv:1907.04543
+
+    python dqn_sparse.py --env-id CartPole-v1 --save-dataset data/cartpole   # a small set of one's own, in minutes
+    python cql_pruned.py --dataset data/cartpole                             # ... and the agent that learns from it
+    python cql_pruned.py --dataset data/Pong/1/replay_logs --loss c51 --sparsity 0.95 --width 3
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
+from utils.evaluate import evaluate
+from utils.masks import (
+    apply_masks,
+    erk_densities,
+    keep_largest,
+    kept_count,
+    mask_table,
+    prunable,
+    random_mask,
+    uniform_densities,
+)
+from utils.offline import DatasetError, OfflineReplay, dataset_env_id, read_dataset
+from utils.plot import offline_curve
+from utils.replay import Batch
+from utils.runs import (
+    Run,
+    choose_device,
+    fail,
+    in_words,
+    load_checkpoint,
+    median_seconds,
+    parse_args,
+    read_episodes,
+    require,
+    rng_state,
+    save_atomically,
+    set_rng_state,
+)
+
+SCRIPT = "cql_pruned"
+
+
+@dataclass
+class Args:
+    """The defaults are those for Atari with `--loss huber`; C51 and CLASSIC_CONTROL, below, say where others have their
+    own."""
+
+    # Experiment
+    dataset: str = ""
+    """what to learn from: a folder of the DQN Replay Dataset or of --save-dataset, or minari:<id>"""
+    env_id: str | None = None
+    """where to play the evaluations; not needed if the dataset says it"""
+    seed: int = 1
+    """seed of the networks, masks, batches and evaluations"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    runs_dir: str = "runs"
+    """where the run's folder is made"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "sparse-rl"
+    """its project"""
+    wandb_entity: str | None = None
+    """its team"""
+    checkpoint_every: int = 0
+    """updates between checkpoints; 0 writes one only when the run is interrupted"""
+    resume: str | None = None
+    """a checkpoint.pt to go on from; flags that are not given keep the values they had"""
+    eval_every: int = 62_500
+    """updates between evaluations"""
+    eval_episodes: int = 10
+    """episodes played in each, and with the final network"""
+    eval_epsilon: float = 0.001
+    """share of random actions in them"""
+    capture_video: bool = False
+    """record the final episodes as MP4"""
+
+    # Data
+    data_fraction: float = 0.05
+    """share of each of the dataset's chunks that is used: its first part ..."""
+    data_seed: int | None = None
+    """... or, with a seed, a random block of it"""
+
+    # Algorithm (Dopamine's offline jax_dr3.gin and jax_rainbow.gin)
+    loss: Literal["huber", "c51", "bc"] = "huber"
+    """DQN's TD error, or C51's cross-entropy; bc has none, and clones the behaviour by the regulariser alone"""
+    alpha: float = 0.1
+    """weight of the CQL regulariser; 0 is plain offline DQN or C51"""
+    total_updates: int = 12_500_000
+    """optimiser steps"""
+    network: Literal["impala", "nature", "mlp"] = "impala"
+    """the 15-layer Impala ResNet, the CNN of Mnih et al. (2015), or two hidden layers for vector observations"""
+    learning_rate: float = 5e-5
+    """of Adam"""
+    adam_eps: float = 3.125e-4
+    """epsilon of Adam"""
+    batch_size: int = 32
+    """transitions per update"""
+    target_network_frequency: int = 2_000
+    """updates between copies of the online network to the target network"""
+    gamma: float = 0.99
+    """discount"""
+    n_step: int = 1
+    """rewards summed before bootstrapping"""
+    double: bool = False
+    """let the online network choose the next action (van Hasselt et al. 2016)"""
+    dueling: bool = False
+    """split the head into the value of the state and advantages of the actions (Wang et al. 2016)"""
+    n_atoms: int = 51
+    """c51: atoms of the distribution of the return ..."""
+    v_min: float = -10.0
+    """... evenly spaced from here ..."""
+    v_max: float = 10.0
+    """... to here"""
+    sticky_actions: float = 0.25
+    """Atari: probability that the previous action is repeated (Machado et al. 2018)"""
+    noop_max: int = 0
+    """Atari: up to so many no-op actions at an episode's start (30 in Mnih et al. 2015)"""
+
+    # Sparsity
+    method: Literal["dense", "random", "gmp"] = "gmp"
+    """no zeros; fixed random mask; gradual magnitude pruning"""
+    sparsity: float = 0.95
+    """share of the prunable weights that is zero at the end (prunable: all but biases)"""
+    distribution: Literal["erk", "uniform"] = "erk"
+    """how the zeros are shared out over the layers"""
+    width: int = 1
+    """multiplies the channels of the convolutions, and the hidden units of the MLP"""
+    scale_dense: bool = False
+    """let width multiply the 512 units after the convolutions too"""
+    bias: bool = True
+    """give the layers biases"""
+    prune_start: float = 0.2
+    """gmp: share of the updates before pruning begins ..."""
+    prune_end: float = 0.8
+    """... and when it is complete"""
+    prune_interval: int = 1_000
+    """gmp: updates from one pruning to the next"""
+
+
+# What --loss c51 gets in place of the defaults above, where a flag does not say otherwise: CQL+C51.
+C51 = {
+    "learning_rate": 6.25e-5,
+    "adam_eps": 1.5e-4,
+    "target_network_frequency": 100,
+    "n_step": 3,
+    "double": True,
+    "dueling": True,
+}
+
+# What vector observations get, with either loss.
+CLASSIC_CONTROL = {
+    "eval_every": 1_000,
+    "eval_episodes": 20,
+    "data_fraction": 1.0,
+    "total_updates": 10_000,
+    "network": "mlp",
+    "learning_rate": 1e-3,
+    "batch_size": 64,
+    "target_network_frequency": 100,
+    "v_min": 0.0,
+    "v_max": 100.0,  # a reward of 1 for ever, discounted
+}
+
+
+class Head(nn.Module):
+    """Q(s, a), or with C51 the logits of its atoms. Dueling adds those of the state's value to the centred ones of the
+    actions."""
+
+    def __init__(self, inputs: int, n_actions: int, n_atoms: int, dueling: bool, bias: bool) -> None:
+        super().__init__()
+        self.n_atoms = n_atoms
+        self.action = nn.Linear(inputs, n_actions * n_atoms, bias=bias)
+        self.value = nn.Linear(inputs, n_atoms, bias=bias) if dueling else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, inputs) -> (B, A, N)
+        logits = self.action(x).unflatten(1, (-1, self.n_atoms))
+        if self.value is None:
+            return logits
+        return self.value(x)[:, None] + logits - logits.mean(1, keepdim=True)
+
+
+class NatureCNN(nn.Module):
+    """Mnih et al. (2015), padded as in Dopamine: feature maps of 21, 11 and 11, so 7,744 x width features."""
+
+    def __init__(self, channels: int, width: int, dense: int, bias: bool, head: Callable) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32 * width, 8, stride=4, padding=2, bias=bias)
+        self.conv2 = nn.Conv2d(32 * width, 64 * width, 4, stride=2, bias=bias)
+        self.conv3 = nn.Conv2d(64 * width, 64 * width, 3, padding=1, bias=bias)
+        self.dense = nn.Linear(11 * 11 * 64 * width, dense, bias=bias)
+        self.head = head(dense)
+        self.apply(xavier_init)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, A, N)
+        x = F.relu(self.conv1(x / 255.0))  # (B, 32w, 21, 21)
+        x = F.relu(self.conv2(F.pad(x, (1, 2, 1, 2))))  # (B, 64w, 11, 11); "same" padding is lopsided here
+        x = F.relu(self.conv3(x))  # (B, 64w, 11, 11)
+        return self.head(F.relu(self.dense(x.flatten(1))))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, bias: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        for conv in (self.conv1, self.conv2):  # LeCun normal, the default of Flax that Dopamine leaves in place here
+            std = math.sqrt(1 / (9 * channels)) / 0.87962566  # the standard deviation of a normal cut at +-2
+            nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+            if bias:
+                nn.init.zeros_(conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """The 15-layer ResNet of Espeholt et al. (2018): feature maps of 84, 42, 21 and 11, so 3,872 x width features."""
+
+    def __init__(self, channels: int, width: int, dense: int, bias: bool, head: Callable) -> None:
+        super().__init__()
+        sizes = [channels, 16 * width, 32 * width, 32 * width]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=bias) for i, o in itertools.pairwise(sizes))
+        self.dense = nn.Linear(11 * 11 * sizes[-1], dense, bias=bias)
+        self.head = head(dense)
+        self.apply(xavier_init)
+        self.blocks = nn.ModuleList(nn.Sequential(*(ResidualBlock(c, bias) for _ in range(2))) for c in sizes[1:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, A, N)
+        x = x / 255.0
+        for conv, blocks in zip(self.convs, self.blocks):
+            x = conv(x)
+            # 3x3 windows with "same" padding: one row below and right of an even size, all around an odd one
+            x = F.max_pool2d(x, 3, stride=2, padding=x.shape[-1] % 2, ceil_mode=True)
+            x = blocks(x)
+        return self.head(F.relu(self.dense(F.relu(x).flatten(1))))
+
+
+class MLP(nn.Module):
+    """Two hidden layers of 512 x width, as for classic control in Dopamine."""
+
+    def __init__(self, inputs: int, width: int, bias: bool, head: Callable) -> None:
+        super().__init__()
+        self.dense1 = nn.Linear(inputs, 512 * width, bias=bias)
+        self.dense2 = nn.Linear(512 * width, 512 * width, bias=bias)
+        self.head = head(512 * width)
+        self.apply(xavier_init)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *observation shape) float32 -> (B, A, N)
+        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1))))))
+
+
+def xavier_init(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+    if getattr(layer, "bias", None) is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def make_network(args: Args, observation_space: gym.spaces.Box, n_actions: int) -> nn.Module:
+    n_atoms = args.n_atoms if args.loss == "c51" else 1
+    head = partial(Head, n_actions=n_actions, n_atoms=n_atoms, dueling=args.dueling, bias=args.bias)
+    if args.network == "mlp":
+        return MLP(math.prod(observation_space.shape), args.width, args.bias, head)
+    network = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network]
+    dense = 512 * args.width if args.scale_dense else 512
+    return network(observation_space.shape[0], args.width, dense, args.bias, head)
+
+
+def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
+    """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
+    progress = min(max((update - start) / (end - start), 0.0), 1.0)
+    return final * (1 - (1 - progress) ** 3)
+
+
+@torch.no_grad()
+def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
+    """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
+    for name, weight in weights.items():
+        masks[name].copy_(keep_largest(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
+
+
+def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
+    """Every `interval` updates after `start`, and at `end`, so that the schedule always arrives."""
+    return start < update <= end and ((update - start) % interval == 0 or update == end)
+
+
+def q_values(output: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor:
+    """Q (B, A): the network's output (B, A, 1), or the means of its distributions (B, A, N) over atoms at `support`."""
+    return output.squeeze(2) if support is None else (output.softmax(-1) * support).sum(-1)
+
+
+def project(probability: torch.Tensor, place: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    """C51's projection (Bellemare et al. 2017, eq. 7): an atom between two of the support's is shared out between them.
+
+    Args:
+        probability, place: (B, N), the mass of each atom and where it lies; beyond the support it counts as at its end.
+        support: (N,), evenly spaced.
+
+    Returns:
+        The masses (B, N) on `support`.
+    """
+    distance = (place.clamp(support[0], support[-1])[:, None] - support[:, None]).abs()  # (B, N to, N from)
+    share = (1 - distance / (support[1] - support[0])).clamp(min=0)
+    return (share * probability[:, None]).sum(-1)
+
+
+def td_loss(q_network, target_network, batch: Batch, support: torch.Tensor | None, double: bool) -> tuple:
+    """The mean Huber loss of the TD error, or with a support C51's mean cross-entropy; and Q(s, .) of shape (B, A)."""
+    rows = torch.arange(len(batch.action), device=batch.action.device)
+    with torch.no_grad():
+        next_output = target_network(batch.next_observation)  # (B, A, N); N = 1 without a support
+        chooser = q_network(batch.next_observation) if double else next_output
+        next_output = next_output[rows, q_values(chooser, support).argmax(1)]  # (B, N)
+        next_value = next_output if support is None else support
+        td_target = batch.reward[:, None] + batch.discount[:, None] * next_value  # the discount is 0 after a terminal
+    output = q_network(batch.observation)  # (B, A, N)
+    prediction = output[rows, batch.action]  # (B, N)
+    if support is None:
+        loss = F.huber_loss(prediction, td_target)
+    else:
+        target_probability = project(next_output.softmax(1), td_target, support)
+        loss = -(target_probability * prediction.log_softmax(1)).sum(1).mean()
+    return loss, q_values(output, support)
+
+
+def cql_regularizer(q: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """CQL(H) (Kumar et al. 2020, eq. 4): the mean over the batch of the soft maximum of Q (B, A) minus the data's Q.
+
+    It is the cross-entropy that clones the behaviour, with Q as logits.
+    """
+    return (q.logsumexp(1) - q.gather(1, action[:, None]).squeeze(1)).mean()
+
+
+def loss_terms(q_network, target_network, batch: Batch, support, args: Args) -> tuple:
+    """The loss, its parts, and the means of Q of the data's actions and of the greedy ones."""
+    td, q = td_loss(q_network, target_network, batch, support, args.double)
+    regularizer = cql_regularizer(q, batch.action)
+    loss = regularizer if args.loss == "bc" else td + args.alpha * regularizer
+    data_q, policy_q = q.detach().gather(1, batch.action[:, None]).mean(), q.detach().amax(1).mean()
+    return loss, td.detach(), regularizer.detach(), data_q, policy_q
+
+
+@torch.no_grad()
+def epsilon_greedy(q_network, observation: torch.Tensor, support, epsilon: float, actions: int, rng) -> np.ndarray:
+    explore = rng.random(len(observation)) < epsilon
+    action = rng.integers(actions, size=len(observation))
+    if explore.all():
+        return action
+    return np.where(explore, action, q_values(q_network(observation), support).argmax(1).cpu().numpy())
+
+
+def env_id_of(args: Args) -> str:
+    """The environment to play in; ends the program with one line if neither the flag nor the dataset says it."""
+    require(args, "dataset", bool(args.dataset), "a folder, or minari:<id>")
+    try:
+        env_id = args.env_id or dataset_env_id(args.dataset)
+    except DatasetError as error:
+        fail(f"--dataset: {error}")
+    require(args, "env_id", env_id is not None, f"the environment of {args.dataset}, which does not say it itself")
+    return env_id
+
+
+def check(args: Args) -> None:
+    """Ends the program with one line if a flag has no meaning."""
+    problem = unknown_env(args.env_id)
+    if problem:
+        fail(f"--env-id: {problem}")
+    require(args, "total_updates", args.total_updates >= 10, "a whole number from 10 on")
+    require(args, "data_fraction", 0 < args.data_fraction <= 1, "a number in (0, 1]")
+    require(args, "data_seed", args.data_seed is None or args.data_seed >= 0, "a whole number from 0 on")
+    for name in ("width", "batch_size", "n_step", "target_network_frequency"):
+        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
+    for name in ("prune_interval", "eval_every", "eval_episodes"):
+        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
+    require(args, "alpha", args.alpha >= 0, "a number from 0 on")
+    require(args, "n_atoms", args.n_atoms >= 2, "a whole number from 2 on")
+    require(args, "v_max", args.v_max > args.v_min, f"a number above v-min, here {args.v_min}")
+    require(args, "sparsity", 0 <= args.sparsity < 1, "a number in [0, 1)")
+    require(args, "sticky_actions", 0 <= args.sticky_actions < 1, "a number in [0, 1)")
+    require(args, "prune_end", 0 < args.prune_end <= 1, "a number in (0, 1]")
+    require(args, "prune_start", 0 <= args.prune_start < args.prune_end, f"a number in [0, {args.prune_end})")
+
+
+def main(args: Args) -> np.ndarray:
+    """Trains, and returns the returns of the final evaluation's episodes."""
+    args = replace(args, env_id=env_id_of(args))
+    check(args)
+    device = choose_device(args.cuda)
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+
+    envs = make_envs(args.env_id, 1, args.sticky_actions, args.noop_max)
+    space, actions = envs.single_observation_space, envs.single_action_space
+    envs.close()
+    images = atari_game(args.env_id) is not None
+    if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
+        fail(f"--env-id: {args.env_id} has {actions} and {space}, takes discrete actions and observations in a Box")
+    require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
+    n_actions = int(actions.n)
+
+    # Networks
+    q_network = make_network(args, space, n_actions).to(device)
+    target_network = copy.deepcopy(q_network)
+    support = (
+        torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device) if args.loss == "c51" else None
+    )  # (N,)
+    optimizer = torch.optim.Adam(
+        q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=device.type == "cuda"
+    )
+
+    # Masks: bool tensors of the weights' shapes, changed only in place
+    weights, target_weights = prunable(q_network), prunable(target_network)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    distribution = erk_densities if args.distribution == "erk" else uniform_densities
+    densities = distribution(shapes, 0.0 if args.method == "dense" else args.sparsity)
+    final_kept = {name: kept_count(weight.numel(), densities[name]) for name, weight in weights.items()}
+    starts_dense = args.method in ("dense", "gmp")
+    kept = {name: weight.numel() for name, weight in weights.items()} if starts_dense else dict(final_kept)
+    generator = torch.Generator().manual_seed(args.seed)
+    masks = {name: random_mask(shapes[name], kept[name], generator).to(device) for name in weights}
+    if args.method == "dense":
+        masks = {}  # nothing to apply
+    apply_masks(weights, masks)
+    apply_masks(target_weights, masks)
+
+    # Schedules count updates; a short run has its mask updates closer together, at least 50 of them
+    n_updates = args.total_updates
+    prune_start, prune_end = int(args.prune_start * n_updates), min(int(args.prune_end * n_updates), n_updates - 1)
+    prune_interval = max(1, min(args.prune_interval, (prune_end - prune_start) // 50))
+
+    stack = STACK if images else 1
+    try:
+        rows = read_dataset(args.dataset, space, stack, args.data_fraction, args.data_seed)
+        replay = OfflineReplay(rows, stack, args.n_step, args.gamma, device)
+    except DatasetError as error:
+        fail(f"--dataset: {error}")
+    print(f"dataset: {len(replay):,} transitions from {len(rows.first)} chunks, frames on {replay.device.type}")
+    if int(replay.action.max()) >= n_actions:
+        fail(f"--env-id: {args.env_id} has {n_actions} actions, the dataset has an action {int(replay.action.max())}")
+
+    update, q_history = 0, []
+    if args.resume:
+        saved = load_checkpoint(args.resume, SCRIPT)
+        try:
+            q_network.load_state_dict(saved["networks"]["q_network"])
+            target_network.load_state_dict(saved["networks"]["target_network"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
+        if saved["masks"].keys() != masks.keys():
+            fail(f"--resume: {args.resume} has other masks than --method {args.method}")
+        for name in masks:
+            masks[name].copy_(saved["masks"][name])
+        kept, update, q_history = saved["kept"], saved["update"], saved["q_history"]
+        set_rng_state(saved["rng"], rng)
+
+    if images and device.type == "cpu":
+        batch = replay.gather(torch.arange(args.batch_size) % len(replay))  # draws no random number
+        per_update = median_seconds(lambda: loss_terms(q_network, target_network, batch, support, args)[0].backward())
+        seconds = (n_updates - update) * per_update
+        print(f"no GPU here: the updates will take about {in_words(seconds)}, at {per_update:.2f} s each")
+        print("a small task that ends within minutes: the first two commands on top of cql_pruned.py")
+
+    table = mask_table(shapes, final_kept)
+    print(table)
+    run = Run(args, SCRIPT, update, args.total_updates, unit="update")
+    run.text("sparsity", table)
+
+    def save_checkpoint() -> None:
+        content = {
+            "script": SCRIPT,
+            "args": asdict(args),
+            "networks": {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()},
+            "optimizer": optimizer.state_dict(),
+            "masks": masks,
+            "kept": kept,
+            "q_history": q_history,
+            "update": update,
+            "rng": rng_state(rng),
+        }
+        save_atomically(content, run.folder / "checkpoint.pt")
+
+    def policy(observation: np.ndarray) -> np.ndarray:
+        observation = torch.as_tensor(observation, dtype=replay.frames.dtype).to(device, non_blocking=True)
+        return epsilon_greedy(q_network, observation, support, args.eval_epsilon, n_actions, rng)
+
+    def play(envs: gym.vector.VectorEnv) -> np.ndarray:
+        returns, lengths = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000 + update)
+        for episode_return, length in zip(returns, lengths):
+            run.episode(episode_return, length, update)
+        return returns
+
+    eval_envs = partial(make_envs, args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
+
+    # The loop
+    log_every = max(100, args.total_updates // 1_000)
+    while update < args.total_updates and not run.stopping:
+        batch = replay.sample(args.batch_size)
+        loss, *terms = loss_terms(q_network, target_network, batch, support, args)
+        optimizer.zero_grad()
+        loss.backward()
+
+        if args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval):
+            for name, weight in weights.items():
+                sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[name])
+                kept[name] = kept_count(weight.numel(), 1 - sparsity)
+            prune(weights, masks, kept)
+            apply_masks(target_weights, masks)
+        optimizer.step()
+        apply_masks(weights, masks)  # after every step: Adam's moments would revive what was pruned
+        update += 1
+
+        if update % args.target_network_frequency == 0:
+            target_network.load_state_dict(q_network.state_dict())
+
+        run.progress(update)
+        if update % log_every == 0:
+            td, regularizer, data_q, policy_q = torch.stack(terms).tolist()
+            q_history.append([update, data_q, policy_q])
+            sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
+            sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
+            losses = {"losses/td_loss": td, "losses/cql_regularizer": regularizer}
+            losses |= {"losses/q_values": data_q, "losses/policy_q_values": policy_q}
+            charts = {"charts/updates_per_second": run.steps_per_second(update)}
+            run.scalars(losses | charts | sparsity, update)
+            run.progress(update, loss=td, sparsity=sparsity["sparsity/global"])
+        if update % args.eval_every == 0 and update < args.total_updates:
+            play(eval_envs())
+        if args.checkpoint_every and update % args.checkpoint_every == 0:
+            save_checkpoint()
+
+    # The end
+    if run.stopping:
+        save_checkpoint()
+        run.close()
+        print(f"stopped at update {update}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
+        return np.array([])
+    model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
+    save_atomically(model | {"masks": {"q_network": masks}}, run.folder / "model.pt")
+
+    if args.capture_video:
+        returns = play(make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max))
+    else:
+        returns = play(eval_envs())
+    for episode, value in enumerate(returns):
+        run.scalars({"eval/episodic_return": value}, episode)
+    run.close()
+    zeros = "" if args.method == "dense" else f" {args.sparsity:g}"
+    title = f"{args.env_id}: {args.loss}, {args.method}{zeros}, width {args.width}, seed {args.seed}"
+    offline_curve(read_episodes(run.folder / "episodes.csv"), q_history, title, run.folder / "curve.png")
+    print(f"model.pt, curve.png and the logs are in {run.folder}")
+    print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
+    return returns
+
+
+if __name__ == "__main__":
+    vectors = (CLASSIC_CONTROL, lambda args: atari_game(env_id_of(args)) is None)
+    main(parse_args(Args, (C51, lambda args: args.loss == "c51"), vectors))

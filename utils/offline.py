@@ -1,0 +1,354 @@
+"""Logged experience for offline RL: the DQN Replay Dataset (Agarwal et al. 2020), sets in its layout, Minari's sets.
+
+A set in that layout is a folder of chunks `k`. Each has gzip'd npy stores `$store$_<name>_ckpt.<k>.gz`, one row per
+step of one environment: single frame, action, reward, terminal; and `add_count_ckpt.<k>.gz`, the rows ever written to
+the ring buffer that the chunk is a copy of. What follows from how these copies were made (google-research/batch_rl):
+
+- The row at the write position, most often the last one, is stale: it is left from the round before.
+- Chunks do not continue one another, and any number may be missing.
+- Rows of zeros stand before each episode, and are no steps: they complete the stacks of its first frames.
+- A terminal is a game over or a time-out. Sets of `utils/dataset.py` tell them apart by one store more, `truncation`.
+"""
+
+import gzip
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from gymnasium.spaces import Box
+
+from utils.replay import Batch, storage_device
+
+PIECE = 1 << 22  # bytes that are decompressed at a time
+
+
+class DatasetError(Exception):
+    """A set that cannot be used. The message is one line that names the file."""
+
+
+class Rows(NamedTuple):
+    """R steps in the order in which they were made, memory-mapped if they come from files."""
+
+    observation: np.ndarray  # (R, *shape of a frame, or of the vector)
+    action: np.ndarray  # (R,) integers
+    reward: np.ndarray  # (R,) float32
+    terminal: np.ndarray  # (R,) 1 where an episode ends: a game over or a time-out
+    truncation: np.ndarray  # (R,) 1 where that is known to be a time-out
+    first: np.ndarray  # (blocks,) the row at which each block begins; blocks do not continue one another
+
+
+def dataset_env_id(source: str) -> str | None:
+    """The environment that a set says it is from: by Minari, `dataset.json`, or the path of the published sets."""
+    if source.startswith("minari:"):
+        spec = load_minari(source).env_spec
+        return spec.id if spec else None
+    note = Path(source) / "dataset.json"
+    if note.exists():
+        try:
+            return json.loads(note.read_text())["env_id"]
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(f"{note} is damaged: it names no env_id") from None
+    game = re.search(r"/(\w+)/\d+/replay_logs$", str(Path(source).resolve()))
+    return f"ALE/{game[1]}-v5" if game else None
+
+
+def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int | None) -> Rows:
+    """The first part of every chunk, or a random block of it; of files, by way of a cache that the next start finds.
+
+    The cache is `<folder>/cache/<fraction>/`, plain npy files as large as what is kept. It is made in one pass over the
+    chunks that holds a few MB in memory, is renamed into place when complete, and is made anew when a file of the set
+    has changed.
+
+    Args:
+        source: a folder, or `minari:<id>`.
+        space: of one observation.
+        stack: frames in its first dimension; 1 for vectors.
+        fraction: share of each chunk's rows, in (0, 1].
+        seed: of the places of the random blocks; None takes the first rows.
+
+    Raises:
+        DatasetError: the set is missing, damaged, or of another kind of environment.
+    """
+    shape = space.shape[1:] if stack > 1 else space.shape
+    if source.startswith("minari:"):
+        return read_minari(source, shape, space.dtype, fraction, seed)
+    layout = {
+        "observation": (shape, space.dtype),
+        "action": ((), np.dtype(np.int32)),
+        "reward": ((), np.dtype(np.float32)),
+        "terminal": ((), np.dtype(np.uint8)),
+        "truncation": ((), np.dtype(np.uint8)),
+    }
+    folder = Path(source)
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is no folder")
+    name = f"{fraction:g}" if seed is None else f"{fraction:g}-seed{seed}"
+    cache = folder / "cache" / name
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        with FileLock(cache.parent / f"{name}.lock"):  # several seeds may start at once
+            files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.gz"))]
+            made_from = json.dumps([files, [(shape, dtype.str) for shape, dtype in layout.values()]])
+            note = cache / "made_from.json"
+            if not note.exists() or note.read_text() != made_from:
+                prepare(folder, cache, layout, fraction, seed, made_from)
+    except OSError as error:
+        raise DatasetError(f"{cache} cannot be written: {error.strerror}") from error
+    # Copy-on-write: torch wants memory that it may write to, though nobody does
+    return Rows(*(np.load(cache / f"{name}.npy", mmap_mode="c") for name in Rows._fields))
+
+
+def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int | None, made_from: str) -> None:
+    """Writes the kept rows of every store to one npy file in `cache`, and `made_from` beside them."""
+    names = "\n".join(path.name for path in folder.iterdir())
+    chunks = sorted({int(k) for k in re.findall(r"^\$store\$_\w+_ckpt\.(\d+)\.gz$", names, re.M)})
+    if not chunks:
+        raise DatasetError(f"{folder} holds no $store$_observation_ckpt.0.gz or its like")
+    given = [n for n in layout if n != "truncation" or any(folder.glob("$store$_truncation_ckpt.*.gz"))]
+    rng = np.random.default_rng(seed)
+    blocks = []  # (chunk, first row, rows)
+    for k in chunks:
+        whole = whole_rows(folder, k, {name: layout[name] for name in given})
+        if whole:
+            blocks.append((k, *block(whole, fraction, rng if seed is not None else None)))
+    total = sum(rows for _, _, rows in blocks)
+    if not total:
+        raise DatasetError(f"{folder} holds no complete step")
+
+    beside = cache.with_name(cache.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name, (shape, dtype) in layout.items():
+        with (beside / f"{name}.npy").open("wb") as out:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total, *shape)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for k, start, rows in blocks:
+                pieces = read_rows(store(folder, name, k), start, rows) if name in given else [bytes(rows)]
+                for piece in pieces:
+                    out.write(piece)
+    np.save(beside / "first.npy", np.cumsum([0] + [rows for _, _, rows in blocks[:-1]]))
+    (beside / "made_from.json").write_text(made_from)
+    shutil.rmtree(cache, ignore_errors=True)
+    beside.rename(cache)
+
+
+def store(folder: Path, name: str, k: int) -> Path:
+    return folder / f"$store$_{name}_ckpt.{k}.gz"
+
+
+def block(rows: int, fraction: float, rng: np.random.Generator | None) -> tuple[int, int]:
+    """First row and number of rows of the part that is kept: from the beginning, or from anywhere with `rng`."""
+    kept = max(1, round(fraction * rows))
+    return int(rng.integers(rows - kept + 1)) if rng else 0, kept
+
+
+def whole_rows(folder: Path, k: int, layout: dict) -> int:
+    """How many rows of chunk `k`, from its first on, are complete and belong to its last round.
+
+    Raises:
+        DatasetError: a store is missing, damaged, of another shape or type, or shorter than the others.
+    """
+    lengths = {}
+    for name, (shape, dtype) in layout.items():
+        path = store(folder, name, k)
+        with open_store(path) as (_, (rows, *found_shape), found_dtype):
+            lengths[path] = rows
+        if (tuple(found_shape), found_dtype) != (shape, dtype):
+            found = f"rows of shape {tuple(found_shape)} and type {found_dtype}"
+            raise DatasetError(f"{path} holds {found}; this environment takes {shape} and {dtype}")
+    shortest = min(lengths, key=lengths.get)
+    if lengths[shortest] == 0:
+        return 0
+    with naming(folder / f"add_count_ckpt.{k}.gz") as path, gzip.open(path) as file:
+        count = int(np.load(file, allow_pickle=False).item())
+    if len(set(lengths.values())) == 1:
+        return count % lengths[shortest] or lengths[shortest]
+    if lengths[shortest] < count:
+        raise DatasetError(f"{shortest} has {lengths[shortest]:,} rows, others of its chunk {max(lengths.values()):,}")
+    return count  # a log that was killed between two stores
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[Path]:
+    """Turns whatever goes wrong while `path` is read into a DatasetError that names it."""
+    try:
+        yield path
+    except FileNotFoundError:
+        raise DatasetError(f"{path} is missing") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        raise DatasetError(f"{path} is truncated or damaged: {error}") from None
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def open_store(path: Path) -> Iterator[tuple[gzip.GzipFile, tuple[int, ...], np.dtype]]:
+    """A store at its first row, the shape of all its rows together, and their type."""
+    with naming(path), gzip.open(path) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read:
+            raise ValueError(f"npy version {version}")
+        shape, fortran_order, dtype = read[version](file)
+        if not shape or (fortran_order and len(shape) > 1):
+            raise ValueError(f"no rows in an array of shape {shape}")
+        yield file, shape, dtype
+
+
+def read_rows(path: Path, start: int, rows: int) -> Iterator[bytes]:
+    """Rows `start` to `start + rows` of a store, in pieces of a few MB."""
+    with open_store(path) as (file, (_, *shape), dtype):
+        row = int(np.prod(shape, dtype=int)) * dtype.itemsize
+        skip, left = start * row, rows * row
+        while left:
+            piece = file.read(min(PIECE, skip or left))
+            if not piece:
+                raise EOFError("it ends before its last row")
+            if skip:
+                skip -= len(piece)
+            else:
+                left -= len(piece)
+                yield piece
+
+
+def load_minari(source: str):
+    """A Minari set, downloaded if this machine does not have it."""
+    try:
+        import minari
+    except ImportError:
+        raise DatasetError(f'{source} needs a package; pip install "minari[hdf5,hf]"') from None
+    try:
+        return minari.load_dataset(source.removeprefix("minari:"), download=True)
+    except Exception as error:  # network, unknown id, missing extras, other formats: its own errors are many
+        raise DatasetError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def read_minari(source: str, shape: tuple[int, ...], dtype: np.dtype, fraction: float, seed: int | None) -> Rows:
+    """A Minari set in memory. Its time-outs have one row more, with the observation from which they bootstrap."""
+    parts = []
+    for episode in load_minari(source).iterate_episodes():
+        observation, action = np.asarray(episode.observations), np.asarray(episode.actions)
+        if observation.shape[1:] != shape or action.ndim != 1 or action.dtype.kind not in "iu":
+            found = f"observations {observation.shape[1:]} and actions {action.shape[1:]} of type {action.dtype}"
+            raise DatasetError(f"{source} holds {found}; this environment takes {shape} and integers")
+        terminated = bool(episode.terminations[-1])
+        rows = len(action) + (not terminated)
+        last = np.arange(rows) == rows - 1
+        reward = np.append(episode.rewards, 0.0)[:rows].astype(np.float32)
+        truncation = last & (not terminated)
+        parts.append((observation[:rows].astype(dtype), np.append(action, 0)[:rows], reward, last, truncation))
+    columns = [np.concatenate(column) for column in zip(*parts)]
+    start, rows = block(len(columns[0]), fraction, None if seed is None else np.random.default_rng(seed))
+    return Rows(*(column[start : start + rows] for column in columns), first=np.zeros(1, dtype=np.int64))
+
+
+class Transitions(NamedTuple):
+    """Every transition that a set holds, V of them; the names are those of `utils.replay.Batch`."""
+
+    row: np.ndarray  # (V,) int64, of the newest frame of the observation
+    next_row: np.ndarray  # (V,) int64, of the next observation, or of the game over
+    reward: np.ndarray  # (V,) float32
+    discount: np.ndarray  # (V,) float32
+
+
+def find_transitions(rows: Rows, stack: int, n_step: int, gamma: float) -> Transitions:
+    """The n-step transitions of a set, by Dopamine's rule: no episode ends among the stack's older frames.
+
+    An episode that was truncated, and the end of a block, have no stored observation behind them: windows that reach
+    it are shorter and bootstrap from the last one that is there.
+    """
+    end = rows.terminal.astype(bool)
+    terminal = end & ~rows.truncation.astype(bool)
+    unfollowed = end & ~terminal
+    unfollowed[np.append(rows.first[1:], len(end)) - 1] = True
+    unfollowed &= ~terminal
+
+    begins = np.append(True, end[:-1])
+    begins[rows.first] = True
+    since = np.arange(len(end)) - np.maximum.accumulate(np.where(begins, np.arange(len(end)), 0))
+    row = np.flatnonzero(since >= stack - 1)
+
+    next_row, reward, discount = row.copy(), np.zeros(len(row), np.float32), np.ones(len(row), np.float32)
+    going, over = np.ones(len(row), dtype=bool), np.zeros(len(row), dtype=bool)
+    for _ in range(n_step):
+        going &= ~unfollowed[next_row]
+        reward += np.where(going, discount * rows.reward[next_row], 0)
+        over |= going & terminal[next_row]
+        going &= ~terminal[next_row]
+        discount[going] *= gamma
+        next_row += going
+    discount[over] = 0
+    real = over | (next_row > row)
+    return Transitions(row[real], next_row[real], reward[real], discount[real])
+
+
+class OfflineReplay:
+    """A fixed set of n-step transitions, on the training device if it fits there, else memory-mapped.
+
+    Every transition is drawn with the same probability. `sample` never makes the host wait for a GPU. With the frames
+    left to the disk's cache, the host gathers the next batch while the GPU still works on this one.
+    """
+
+    def __init__(self, rows: Rows, stack: int, n_step: int, gamma: float, device: torch.device) -> None:
+        """
+        Args:
+            stack: frames in the first dimension of an observation, the newest last; 1 for vectors.
+
+        Raises:
+            DatasetError: there is no complete transition.
+        """
+        found = find_transitions(rows, stack, n_step, gamma)
+        self.count = len(found.row)
+        if not self.count:
+            raise DatasetError(f"the {len(rows.action)} rows that are kept hold no transition")
+        try:
+            self.device = storage_device(rows.observation.nbytes + self.count * TRANSITION_BYTES, device)
+        except MemoryError:  # mapped files may be larger than memory
+            self.device = torch.device("cpu")
+        self.out_device = device
+        self.frames = torch.from_numpy(rows.observation)
+        if self.device.type != "cpu":
+            self.frames = torch.empty(self.frames.shape, dtype=self.frames.dtype, device=self.device)
+            for frames, mapped in zip(self.frames.split(10_000), torch.from_numpy(rows.observation).split(10_000)):
+                frames.copy_(mapped)
+        self.row, self.next_row, self.reward, self.discount = (torch.as_tensor(x, device=self.device) for x in found)
+        self.action = torch.as_tensor(rows.action[found.row].astype(np.int64), device=self.device)
+        self.back = torch.arange(stack - 1, -1, -1, device=self.device)  # stack-1 .. 0
+
+    def __len__(self) -> int:
+        """Number of transitions that can be drawn."""
+        return self.count
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draws `batch_size` transitions, uniformly and with replacement, onto the training device."""
+        return self.gather(torch.randint(self.count, (batch_size,), device=self.device))
+
+    def gather(self, index: torch.Tensor) -> Batch:
+        """The transitions number `index` (B,) of 0 .. len - 1."""
+        batch = Batch(
+            self._observation(self.row[index]),
+            self.action[index],
+            self.reward[index],
+            self.discount[index],
+            self._observation(self.next_row[index]),
+        )
+        if self.device == self.out_device:
+            return batch
+        return Batch(*(x.pin_memory().to(self.out_device, non_blocking=True) for x in batch))
+
+    def _observation(self, row: torch.Tensor) -> torch.Tensor:
+        """The observations (B, *observation shape) whose newest frames are in rows `row` (B,)."""
+        rows = row[:, None] - self.back  # (B, stack)
+        frames = self.frames.index_select(0, rows.flatten())
+        return frames if len(self.back) == 1 else frames.unflatten(0, rows.shape)
+
+
+TRANSITION_BYTES = 8 + 8 + 4 + 4 + 8  # row, next row, reward, discount, action
