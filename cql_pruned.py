@@ -174,7 +174,8 @@ CLASSIC_CONTROL = {
     "eval_every": 1_000,
     "eval_episodes": 20,
     "data_fraction": 1.0,
-    "total_updates": 10_000,
+    "alpha": 1.0,
+    "total_updates": 5_000,
     "network": "mlp",
     "learning_rate": 1e-3,
     "batch_size": 64,
@@ -575,6 +576,10 @@ def main(args: Args) -> np.ndarray:
     return returns
 
 
+PRESETS = (
+    (C51, lambda args: args.loss == "c51"),
+    (CLASSIC_CONTROL, lambda args: atari_game(env_id_of(args)) is None),
+)
+
 if __name__ == "__main__":
-    vectors = (CLASSIC_CONTROL, lambda args: atari_game(env_id_of(args)) is None)
-    main(parse_args(Args, (C51, lambda args: args.loss == "c51"), vectors))
+    main(parse_args(Args, *PRESETS))
