@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROW = r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|"
 RUNNING = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-RUNNING |= {"resume", "save_dataset", "capture_video"}
+RUNNING |= {"resume", "save_dataset", "dataset", "capture_video"}
 
 
 def shown(value):
@@ -20,24 +19,28 @@ def shown(value):
 
 
 @pytest.mark.parametrize(
-    ("script", "preset"), [("dqn_sparse", "CLASSIC_CONTROL"), ("rainbow_pruned", "CLASSIC_CONTROL")]
+    ("script", "presets"),
+    [
+        ("dqn_sparse", ["CLASSIC_CONTROL"]),
+        ("rainbow_pruned", ["CLASSIC_CONTROL"]),
+        ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
+    ],
 )
-def test_hyperparameter_table_is_that_of_the_script(script, preset):
+def test_hyperparameter_table_is_that_of_the_script(script, presets):
+    """Its columns are the flag, the default, one for each preset, and the source."""
     module = importlib.import_module(script)
-    preset = getattr(module, preset)
+    presets = [getattr(module, preset) for preset in presets]
     expected = {
-        f"--{field.name.replace('_', '-')}": (
+        f"--{field.name.replace('_', '-')}": [
             shown(field.default),
-            shown(preset[field.name]) if field.name in preset else "",
-        )
+            *(shown(preset[field.name]) if field.name in preset else "" for preset in presets),
+        ]
         for field in dataclasses.fields(module.Args)
         if field.name not in RUNNING
     }
     page = (ROOT / "docs" / f"{script}.md").read_text()
-    table = {
-        flag: (a.strip(), b.strip()) for flag, a, b in re.findall(r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|", page, re.M)
-    }
-    assert table == expected
+    rows = re.findall(r"^\| `(--[\w-]+)` \|(.*)\|.*\|$", page, re.M)
+    assert {flag: [value.strip() for value in values.split("|")] for flag, values in rows} == expected
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
