@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from gymnasium.spaces import Box
+from tqdm import tqdm
 
 from utils.replay import Batch, storage_device
 
@@ -100,10 +101,10 @@ def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int
             note = cache / "made_from.json"
             if not note.exists() or note.read_text() != made_from:
                 prepare(folder, cache, layout, fraction, seed, made_from)
+            # Copy-on-write: torch wants memory that it may write to, though nobody does
+            return Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
     except OSError as error:
         raise DatasetError(f"{cache} cannot be written: {error.strerror}") from error
-    # Copy-on-write: torch wants memory that it may write to, though nobody does
-    return Rows(*(np.load(cache / f"{name}.npy", mmap_mode="c") for name in Rows._fields))
 
 
 def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int | None, made_from: str) -> None:
@@ -126,6 +127,7 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
     beside = cache.with_name(cache.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
+    bar = tqdm(total=total, unit="rows", desc=f"unpacking to {cache}", delay=5)  # for sets that take a while
     for name, (shape, dtype) in layout.items():
         with (beside / f"{name}.npy").open("wb") as out:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total, *shape)}
@@ -134,6 +136,9 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
                 pieces = read_rows(store(folder, name, k), start, rows) if name in given else [bytes(rows)]
                 for piece in pieces:
                     out.write(piece)
+                if name == "observation":  # the others are nothing beside it
+                    bar.update(rows)
+    bar.close()
     np.save(beside / "first.npy", np.cumsum([0] + [rows for _, _, rows in blocks[:-1]]))
     (beside / "made_from.json").write_text(made_from)
     shutil.rmtree(cache, ignore_errors=True)
