@@ -269,7 +269,7 @@ class MLP(nn.Module):
         self.apply(xavier_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *observation shape) float32 -> (B, A, N)
-        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1))))))
+        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).float())))))
 
 
 def xavier_init(layer: nn.Module) -> None:
@@ -470,8 +470,9 @@ def main(args: Args) -> np.ndarray:
             optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
-        if saved["masks"].keys() != masks.keys():
-            fail(f"--resume: {args.resume} has other masks than --method {args.method}")
+        same_counts = args.method == "gmp" or saved["kept"] == kept
+        if saved["args"]["method"] != args.method or not same_counts:
+            fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")
         for name in masks:
             masks[name].copy_(saved["masks"][name])
         kept, update, q_history = saved["kept"], saved["update"], saved["q_history"]
