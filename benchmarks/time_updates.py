@@ -26,15 +26,17 @@ def main() -> None:
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     args = parser.parse_args()
 
-    moments = []
+    moments, cpu_moments = [], []
 
     def on_step(optimizer: object, *_: object) -> None:
         moments.append(time.perf_counter())
+        cpu_moments.append(time.process_time())
         if len(moments) == args.skip + args.updates + 1:
             intervals = [b - a for a, b in zip(moments[args.skip :], moments[args.skip + 1 :])]
             result = {
                 "ms_per_update": 1e3 * sum(intervals) / len(intervals),
                 "median_ms_per_update": 1e3 * statistics.median(intervals),
+                "cpu_ms_per_update": 1e3 * (cpu_moments[-1] - cpu_moments[args.skip]) / len(intervals),
                 "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             }
             print("\n" + json.dumps(result), flush=True)
