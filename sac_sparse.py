@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.envs import make_envs, make_video_env, unknown_env
+from utils.envs import cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.masks import (
     apply_masks,
@@ -475,6 +475,9 @@ def main(args: Args) -> np.ndarray:
     bounded = isinstance(actions, gym.spaces.Box) and actions.is_bounded()
     if not bounded or not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         fail(f"--env-id: {args.env_id} has {actions} and {space}, takes bounded actions and observations in vectors")
+    problem = cannot_render(args.env_id) if args.capture_video else None
+    if problem:
+        fail(f"--capture-video: {problem}")
 
     # Networks
     actor, critic = (network.to(device) for network in make_networks(args, *space.shape, *actions.shape))
@@ -542,7 +545,7 @@ def main(args: Args) -> np.ndarray:
         same_names = all(saved["masks"][net].keys() == masks[net].keys() for net in masks)
         same_counts = same_names and (args.method == "gmp" or saved["kept"] == kept)
         if saved["args"]["method"] != args.method or not same_counts:
-            fail(f"--resume: {args.resume} has other masks than --method {args.method} and the sparsity given")
+            fail(f"--resume: {args.resume} has other masks than --method {args.method} with the sparsities {goal}")
         for net in masks:
             for name in masks[net]:
                 masks[net][name].copy_(saved["masks"][net][name])
@@ -625,8 +628,8 @@ def main(args: Args) -> np.ndarray:
         if not (np.isfinite(next_raw).all() and np.isfinite(reward).all()):
             save_checkpoint()
             run.close()
-            where = f"step {global_step + 1}; the checkpoint {run.folder}/checkpoint.pt is of the step before"
-            fail(f"--env-id: {args.env_id} gave an observation or a reward that is not finite in {where}")
+            where = f"at step {global_step + 1}; {run.folder}/checkpoint.pt holds the step before"
+            fail(f"--env-id: {args.env_id} gave an observation or a reward that is not finite {where}")
         end = terminated | truncated
         replay.add(to_device(raw), action, reward, terminated, end, to_device(next_raw))
         raw = next_raw

@@ -509,6 +509,14 @@ def test_resume_goes_on_exactly_where_the_checkpoint_was(tmp_path, monkeypatch, 
             assert all(torch.equal(mask, end["masks"][net][name]) for name, mask in masks.items())
 
 
+def test_resume_with_other_masks(tmp_path, capsys):
+    sac_sparse.main(small(tmp_path, method="set", sparsity=0.5, checkpoint_every=60))
+    saved = Args(**load(run_folder(tmp_path) / "checkpoint.pt")["args"])
+    saved.resume, saved.total_timesteps = str(run_folder(tmp_path) / "checkpoint.pt"), 100
+    for other in ({"method": "random"}, {"critic_sparsity": 0.6}, {"width": 2}):
+        ends_with_one_line(capsys, replace(saved, **other), "--resume")
+
+
 def test_evaluation_is_without_noise_and_uses_the_normaliser(tmp_path, monkeypatch, small_simba):
     policies = []
     evaluate = sac_sparse.evaluate

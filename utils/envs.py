@@ -49,6 +49,18 @@ def unknown_env(env_id: str) -> str | None:
     return f"no environment {env_id!r} is installed" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
+def cannot_render(env_id: str) -> str | None:
+    """None if an environment that is not Atari draws pictures on this machine, else what to try, in one line."""
+    try:
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        env.render()
+        env.close()
+    except Exception as error:  # every renderer has its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{env_id} cannot be drawn here ({reason}); without a screen, MuJoCo needs MUJOCO_GL=egl or osmesa"
+
+
 def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:
     """One environment that is not Atari; a dictionary of observations becomes a vector, and bounded continuous actions
     are scaled to [-1, 1].
