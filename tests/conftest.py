@@ -1,5 +1,6 @@
 """Tiny runs of a script, for the tests: in this process, or in one of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import dqn_sparse
 
@@ -69,3 +71,34 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(dqn_sparse.Run, "progress", stopping)
 
     return stop_at
+
+
+@pytest.fixture
+def logged_run(tmp_path):
+    """Writes what a run leaves: flags, episodes as rows (step, return, length), scalars as tag: rows (step, value)."""
+
+    def logged_run(name: str, episodes, scalars=None, finished: bool = True, **flags) -> Path:
+        folder = tmp_path / "logged" / name
+        folder.mkdir(parents=True)
+        args = {
+            "env_id": "CartPole-v1",
+            "total_timesteps": 1_000,
+            "width": 1,
+            "method": "gmp",
+            "sparsity": 0.9,
+            "seed": 1,
+        }
+        (folder / "args.json").write_text(json.dumps(args | flags))
+        lines = [f"{step},{value},{length}\n" for step, value, length in episodes]
+        (folder / "episodes.csv").write_text("step,return,length\n" + "".join(lines))
+        if scalars:
+            writer = SummaryWriter(folder)
+            for tag, rows in scalars.items():
+                for step, value in rows:
+                    writer.add_scalar(tag, value, step)
+            writer.close()
+        if finished:
+            (folder / "model.pt").touch()
+        return folder
+
+    return logged_run

@@ -1,5 +1,16 @@
-"""Figures of a run."""
+"""Figures of runs: the curve that each run leaves, and a command that draws many.
 
+    python -m utils.plot "runs/*" --by width,method
+    python -m utils.plot "runs/*" --by method --scalars "sparsity/*"
+
+It writes a PNG and a PDF. Runs whose flags in `--by` agree are one line, the mean over them, with a band: the 95 %
+bootstrap interval of that mean. Each environment has a row of panels, each logged scalar a panel. Every value is a mean
+over the last twentieth of the run.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +18,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
+
+from utils.results import LoggedRun, find_runs, group_runs, mean_curve, read_scalars, warn
+
+POINTS = 100  # of a curve
+WINDOW = 0.05  # share of the run over which returns are averaged
+plt.rcParams["axes.prop_cycle"] = plt.cycler(  # Okabe and Ito (2008): told apart without seeing red or green
+    color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+)
+
+
+def tidy(axes: plt.Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def learning_curve(episodes: list[tuple[int, float, int]], title: str, path: Path) -> None:
@@ -24,8 +49,7 @@ def learning_curve(episodes: list[tuple[int, float, int]], title: str, path: Pat
         axes.plot(step[window - 1 :], smooth, color="#0072B2", linewidth=2, label=f"mean of {window} episodes")
         axes.legend(frameon=False)
     axes.set(title=title, xlabel="agent steps", ylabel="episodic return")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -54,7 +78,108 @@ def offline_curve(
     for axes in (top, bottom):
         if axes.lines:
             axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def smooth_curve(step: np.ndarray, value: np.ndarray, grid: np.ndarray, window: float) -> np.ndarray:
+    """Mean of the values in the `window` steps up to each point of `grid` (points,); of the latest one if it is empty.
+
+    nan before the first value, and a window or more after the last one: nothing is drawn beyond what was measured.
+
+    Args:
+        step, value: (n,), in the order of the steps.
+    """
+    last = np.searchsorted(step, grid, side="right")
+    first = np.minimum(np.searchsorted(step, grid - window, side="right"), np.maximum(last - 1, 0))
+    total = np.concatenate([[0.0], np.cumsum(value)])
+    with np.errstate(invalid="ignore"):
+        curve = (total[last] - total[first]) / (last - first)
+    return np.where(grid < step[-1] + window, curve, np.nan) if len(step) else np.full(len(grid), np.nan)
+
+
+def draw(axes: plt.Axes, groups: dict[str, list[np.ndarray]], steps: float) -> None:
+    """One line with a band for each group of series; a series has rows (n, 2) of step and value."""
+    grid = np.linspace(0, steps, POINTS + 1)[1:]
+    for number, (label, series) in enumerate(groups.items()):
+        curves = np.stack([smooth_curve(*rows.T, grid, WINDOW * steps) for rows in series])
+        middle, low, high = mean_curve(curves)
+        style = ("-", "--", ":", "-.")[number // 7 % 4]  # the colours repeat after seven
+        (line,) = axes.plot(grid, middle, style, linewidth=2, label=f"{label} ({len(series)})")
+        axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    tidy(axes)
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """folders of runs, or patterns of them in quotes"""
+    by: str = "method"
+    """flags by which runs are told apart, with commas; the others are averaged over"""
+    scalars: tuple[str, ...] = ()
+    """also draw these TensorBoard scalars; * stands for anything"""
+    out: Path = Path("curves")
+    """where to write, without .png and .pdf"""
+
+
+def label_of(names: Sequence[str], values: Sequence[object]) -> str:
+    return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in zip(names, values))
+
+
+def figure_of(runs: Sequence[LoggedRun], by: Sequence[str], patterns: Sequence[str] = ()) -> plt.Figure:
+    """One row of panels for each environment: the returns, then each scalar whose tag fits one of the patterns."""
+    logged = {run.folder: read_scalars(run.folder) for run in runs} if patterns else {}
+    tags = sorted(
+        {tag for scalars in logged.values() for tag in scalars if any(fnmatch.fnmatch(tag, p) for p in patterns)}
+    )
+    for pattern in patterns:
+        if not fnmatch.filter(tags, pattern):
+            warn(f"--scalars: no run has logged {pattern}")
+    environments = group_runs(runs, ["env_id"])
+    size = (6.5 * (1 + len(tags)), 4 * len(environments))
+    figure, panels = plt.subplots(len(environments), 1 + len(tags), figsize=size, layout="constrained", squeeze=False)
+    for row, ((env_id,), members) in zip(panels, environments.items()):
+        groups = {label_of(by, values): group for values, group in group_runs(members, by).items()}
+        steps = max(run.total_steps for run in members)
+        series = {label: [run.episodes[:, :2] for run in group] for label, group in groups.items()}
+        draw(row[0], series, steps)
+        row[0].set(title=env_id, ylabel="episodic return")
+        row[0].legend(frameon=False, fontsize="small", title=", ".join(by) + " (runs)")
+        for axes, tag in zip(row[1:], tags):
+            draw(
+                axes,
+                {
+                    label: [logged[run.folder].get(tag, np.empty((0, 2))) for run in group]
+                    for label, group in groups.items()
+                },
+                steps,
+            )
+            axes.set(title=env_id, ylabel=tag)
+        for axes in row:
+            axes.set_xlabel("updates" if "total_updates" in members[0].args else "agent steps")
+    return figure
+
+
+def main(args: Args) -> None:
+    """Draws the runs' curves to `args.out`.png and .pdf."""
+    runs = find_runs(args.runs)
+    by = [name.strip().replace("-", "_") for name in args.by.split(",")]
+    for name in by:
+        if all(name not in run.args for run in runs):
+            raise SystemExit(f"error: --by: got {name}, takes names of flags, such as width,method,seed")
+    for run in runs:
+        if not run.finished:
+            last = run.episodes[-1, 0] if len(run.episodes) else 0
+            warn(f"{run.folder} is not finished: step {last:,.0f} of {run.total_steps:,}; drawn as far as it goes")
+    figure = figure_of(runs, by, args.scalars)
+    for suffix in (".png", ".pdf"):
+        path = args.out.with_name(args.out.name + suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        print(f"wrote {path}")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
