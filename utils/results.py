@@ -252,6 +252,7 @@ def mean_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.array(part, dtype=float) for part in zip(*estimates))
 
 
-def improvement(scores: np.ndarray, over: np.ndarray) -> Estimate:
-    """Probability that a run of `scores` (runs,) beats one of `over` (runs,), with its 95 % interval."""
-    return bootstrap(probability_of_improvement, [scores], [over])
+def improvement(scores: Sequence[np.ndarray], over: Sequence[np.ndarray]) -> Estimate:
+    """Probability that a run of `scores` beats one of `over`, both one array (runs,) for each task, and its 95 %
+    interval."""
+    return bootstrap(probability_of_improvement, scores, over)

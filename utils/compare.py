@@ -1,0 +1,215 @@
+"""Sparse against dense at each width: one table and one figure.
+
+    python -m utils.compare "runs/*" --out docs/comparison
+
+The table goes to stdout as markdown, the figure to a PNG and a PDF. A run's score is the mean return of the episodes
+that ended in its last tenth, exploration included, as the papers report it; runs without an end are left out. The
+table has the interquartile mean over runs with its 95 % bootstrap interval. Atari games are taken together,
+human-normalised, runs resampled within games; any other environment has a table and a panel of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from utils.results import (
+    Cost,
+    Estimate,
+    LoggedRun,
+    cost,
+    find_runs,
+    group_runs,
+    human_normalised,
+    improvement,
+    load_model,
+    summarise,
+    training_seconds,
+    warn,
+)
+
+METHODS = ("dense", "random", "gmp", "set", "rigl")
+COLORS = dict(zip(METHODS, ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73")))  # Okabe and Ito (2008)
+MARKERS = dict(zip(METHODS, "os^vD"))
+# Flags in which runs may differ and still be of one kind
+NOT_COMPARED = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
+NOT_COMPARED |= {"resume", "save_dataset", "eval_episodes", "eval_epsilon", "capture_video", "total_timesteps"}
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """folders of runs, or patterns of them in quotes"""
+    out: Path = Path("comparison")
+    """where to write the figure, without .png and .pdf"""
+
+
+class Row(NamedTuple):
+    """The runs of one width, method and final sparsity."""
+
+    width: int
+    method: str
+    sparsity: float
+    runs: int
+    score: Estimate
+    better: Estimate | None  # the probability that a run beats a dense one of this width
+    cost: Cost | None
+    minutes: float
+
+
+def games_of(runs: Sequence[LoggedRun]) -> list[str]:
+    return sorted({run.args["env_id"] for run in runs})
+
+
+def scores_of(runs: Sequence[LoggedRun]) -> list[np.ndarray]:
+    """One array (runs,) for each environment: final scores, human-normalised where they can be."""
+    scores = []
+    for (env_id,), members in group_runs(runs, ["env_id"]).items():
+        raw = np.array([run.final_score() for run in members])
+        normalised = human_normalised(raw, env_id)
+        scores.append(raw if normalised is None else normalised)
+    return scores
+
+
+def cost_of(run: LoggedRun) -> Cost | None:
+    try:
+        return cost(load_model(run.folder))
+    except ValueError as error:
+        warn(f"{run.folder}: {error}; its cost is not known")
+        return None
+
+
+def rows_of(runs: Sequence[LoggedRun]) -> list[Row]:
+    """The rows of one table, by width, dense first."""
+    groups: dict[tuple, list[LoggedRun]] = {}
+    for run in runs:
+        method = run.args["method"]
+        sparsity = 0.0 if method == "dense" else run.args["sparsity"]
+        groups.setdefault((run.args["width"], METHODS.index(method), sparsity), []).append(run)
+    rows = []
+    for (width, method, sparsity), group in sorted(groups.items()):
+        dense = groups.get((width, METHODS.index("dense"), 0.0))
+        better = None
+        if dense and METHODS[method] != "dense" and games_of(dense) == games_of(group):
+            better = improvement(scores_of(group), scores_of(dense))
+        minutes = float(np.median([training_seconds(run.folder) for run in group])) / 60
+        score, needs = summarise(scores_of(group)), cost_of(group[0])
+        rows.append(Row(width, METHODS[method], sparsity, len(group), score, better, needs, minutes))
+    return rows
+
+
+def markdown(rows: Sequence[Row], score_name: str) -> str:
+    """The table."""
+    lines = [
+        f"| width | method | sparsity | runs | {score_name} | P(beats dense) | parameters kept | MFLOPs | minutes |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        score = f"{row.score.value:.3g} [{row.score.low:.3g}, {row.score.high:.3g}]"
+        better = f"{row.better.value:.2f} [{row.better.low:.2f}, {row.better.high:.2f}]" if row.better else ""
+        kept = f"{row.cost.kept:,} of {row.cost.total:,}" if row.cost else ""
+        flops = f"{row.cost.flops / 1e6:.3g}" if row.cost else ""
+        cells = (row.width, row.method, f"{row.sparsity:g}", row.runs, score, better, kept, flops, f"{row.minutes:.1f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> None:
+    """Score against width, with its interval, a line for each method and sparsity."""
+    lines = sorted({(METHODS.index(row.method), row.sparsity) for row in rows})
+    widths = sorted({row.width for row in rows})
+    highest = max(row.sparsity for row in rows)  # has filled marks
+    for number, (method, sparsity) in enumerate(lines):
+        name = METHODS[method]
+        own = [row for row in rows if row.method == name and row.sparsity == sparsity]
+        x = [widths.index(row.width) + 0.06 * (number - (len(lines) - 1) / 2) for row in own]  # side by side
+        middle, low, high = np.array([row.score for row in own]).T
+        axes.errorbar(
+            x,
+            middle,
+            yerr=np.maximum([middle - low, high - middle], 0),
+            color=COLORS[name],
+            marker=MARKERS[name],
+            capsize=3,
+            linewidth=2,
+            linestyle="--" if name == "dense" else "-",
+            markerfacecolor=None if sparsity in (0, highest) else "white",
+            label=name if name == "dense" else f"{name} {sparsity:g}",
+        )
+    axes.set_xticks(range(len(widths)), [f"{width}" for width in widths])
+    axes.set(title=title, xlabel="width", ylabel=score_name)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def comparable(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
+    """The runs that reached their end and say what a comparison asks; names the others."""
+    kept = []
+    for run in runs:
+        if not {"env_id", "method", "width", "sparsity"} <= run.args.keys() or run.args["method"] not in METHODS:
+            warn(f"{run.folder}: its flags do not say method, width and sparsity; left out")
+        elif not run.finished:
+            warn(f"{run.folder} is not finished; left out")
+        elif np.isnan(run.final_score()):
+            warn(f"{run.folder}: no episode ended in the last tenth of the run; left out")
+        else:
+            kept.append(run)
+    if not kept:
+        raise SystemExit("error: none of these runs can be compared")
+    return kept
+
+
+def main(args: Args) -> dict[str, list[Row]]:
+    """Prints the tables, writes the figure, and returns the rows of each table by its title."""
+    tables: dict[str, list[LoggedRun]] = {}
+    for run in comparable(find_runs(args.runs)):
+        game = human_normalised(0.0, run.args["env_id"]) is not None
+        tables.setdefault("Atari" if game else run.args["env_id"], []).append(run)
+    if len(tables) > 1:
+        warn(f"runs of {', '.join(tables)}: one table for each")
+    figure, panels = plt.subplots(1, len(tables), figsize=(6.5 * len(tables), 4), layout="constrained", squeeze=False)
+    results = {}
+    for axes, (name, runs) in zip(panels[0], tables.items()):
+        games = games_of(runs)
+        totals = sorted({run.total_steps for run in runs})
+        if len(totals) > 1:
+            warn(
+                f"{name}: runs of different lengths ({', '.join(f'{total:,}' for total in totals)} steps) side by side"
+            )
+        for (width, method, sparsity), group in group_runs(runs, ["width", "method", "sparsity"]).items():
+            which = f"{name}: {method} {sparsity:g} at width {width}"
+            if games_of(group) != games:
+                warn(f"{which} lacks games that others have")
+            first = group[0].args
+            differing = {flag for run in group for flag in run.args | first if run.args.get(flag) != first.get(flag)}
+            if differing - NOT_COMPARED:
+                warn(f"{which}: runs that differ in {', '.join(sorted(differing - NOT_COMPARED))} are taken together")
+        title = f"{name}: {', '.join(games)}" if name == "Atari" else name
+        score_name = "human-normalised IQM" if name == "Atari" else "IQM of final return"
+        results[title] = rows_of(runs)
+        counts = sorted({row.runs for row in results[title]})
+        seeds = f"{counts[0]} runs each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"
+        print(f"{title}, {seeds}, {' or '.join(f'{total:,}' for total in totals)} steps\n")
+        print(markdown(results[title], score_name) + "\n")
+        draw(axes, results[title], f"{title} ({seeds})", score_name)
+    print("MFLOPs: forward pass of one observation, two for each kept weight at each place where it is applied")
+    print("minutes: wall-clock of a run, median; it tells methods apart only where runs had the machine alike")
+    for suffix in (".png", ".pdf"):
+        path = args.out.with_name(args.out.name + suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        print(f"wrote {path}")
+    plt.close(figure)
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
