@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.dataset import DatasetWriter
+from utils.diagnostics import report
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.masks import (
@@ -89,6 +90,8 @@ class Args:
     """share of random actions in them"""
     capture_video: bool = False
     """record these episodes as MP4"""
+    diagnostics_every: int = 0
+    """agent steps between looks at dormant units, rank and norms of the network; 0 is never"""
 
     # Algorithm (Dopamine's dqn.gin)
     total_timesteps: int = 10_000_000
@@ -517,6 +520,12 @@ def main(args: Args) -> np.ndarray:
             charts = {"charts/SPS": run.steps_per_second(global_step), "charts/epsilon": epsilon}
             run.scalars({"losses/td_loss": td, "losses/q_values": q} | charts | sparsity, global_step)
             run.progress(global_step, loss=td, sparsity=sparsity["sparsity/global"])
+        look_every = args.diagnostics_every
+        if look_every and update and global_step // look_every > last_step // look_every:
+            with (
+                torch.random.fork_rng()
+            ):  # looking changes nothing: the run goes on with the random numbers it would have
+                run.scalars(report(q_network, replay.sample(256).observation, masks), global_step)
         if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
             save_checkpoint()
 

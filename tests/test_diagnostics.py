@@ -1,0 +1,202 @@
+"""Diagnostics with known answers: scalings, spectra, gradients and masks that were constructed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Box
+from torch import nn
+
+import dqn_sparse
+from utils.diagnostics import (
+    dormant_ratios,
+    ever_active,
+    feature_norm,
+    gradient_cosines,
+    has_inputs,
+    relu_activations,
+    report,
+    srank,
+    stable_rank,
+    target_variance,
+    unit_scores,
+    weight_norms,
+)
+from utils.results import read_scalars
+
+
+def test_scores_and_ratios_by_hand():
+    activation = torch.tensor([[0.0, 2.0, 0.0, 7.5, 0.2], [0.0, 0.0, 0.1, 9.9, 0.3]])  # means 0, 1, 0.05, 8.7, 0.25
+    assert unit_scores(activation).tolist() == pytest.approx([0, 0.5, 0.025, 4.35, 0.125])
+    activation[1, 2] = 0.09
+    assert dormant_ratios(activation) == pytest.approx(
+        {"dormant_0": 0.2, "dormant_0.025": 0.4, "dormant_0.1": 0.4, "unconnected": 0}
+    )
+
+
+def test_a_channel_is_a_unit():
+    activation = torch.zeros(3, 4, 5, 5)
+    activation[:, 1] = 1
+    activation[0, 2, 0, 0] = 75  # as much as the whole of channel 1
+    assert unit_scores(activation).tolist() == pytest.approx([0, 2, 2, 0])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_dormancy_does_not_change_with_a_layers_scale(scale):
+    """Scaling a layer's weights and bias scales all its units; it leaves every ratio."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 2))
+    x = torch.randn(64, 8)
+    with torch.no_grad():
+        network[0].bias.zero_()
+        network[0].bias[:50] = -100
+        network[0].weight[50:100] *= 0.01
+        network[0].weight[100:150] *= 0.05
+    before = dormant_ratios(relu_activations(network, x)["0"])
+    with torch.no_grad():
+        network[0].weight *= scale
+        network[0].bias *= scale
+    assert dormant_ratios(relu_activations(network, x)["0"]) == pytest.approx(before)
+    assert 0 < before["dormant_0"] < before["dormant_0.025"] < before["dormant_0.1"] < 1
+
+
+def test_units_without_a_weight_are_counted_apart():
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask[0, 1] = mask[2, 0] = True
+    assert has_inputs(mask).tolist() == [True, False, True, False]
+    activation = torch.tensor([[1.0, 100.0, 0.0, 0.0]])  # unit 1 shows a large bias, which would make unit 0 dormant
+    ratios = dormant_ratios(activation, has_inputs(mask))
+    assert ratios == {"dormant_0": 0.5, "dormant_0.025": 0.5, "dormant_0.1": 0.5, "unconnected": 0.5}
+    assert has_inputs(torch.zeros(2, 3, 3, 3, dtype=torch.bool)).tolist() == [False, False]
+    assert dormant_ratios(activation, torch.zeros(4, dtype=torch.bool)) == {"unconnected": 1}
+
+
+def test_activations_are_those_after_the_relus():
+    network = dqn_sparse.MLP(4, 2, 1, True)
+    x = torch.randn(5, 4)
+    found = relu_activations(network, x)
+    assert list(found) == ["dense1", "dense2"]  # the head has none
+    first = F.relu(network.dense1(x))
+    torch.testing.assert_close(found["dense1"], first)
+    torch.testing.assert_close(found["dense2"], F.relu(network.dense2(first)))
+    in_place = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.ReLU())
+    torch.testing.assert_close(relu_activations(in_place, x)["0"], F.relu(in_place[0](x)))
+
+
+def test_activations_of_a_resnet():
+    args = dqn_sparse.Args()
+    network = dqn_sparse.make_network(args, Box(0, 255, (4, 84, 84), np.uint8), 6)
+    x = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    found = relu_activations(network, x)
+    blocks = [f"blocks.{i}.{j}.conv{k}" for i in range(3) for j in range(2) for k in (1, 2)]
+    assert set(found) == {*blocks, "convs.0", "convs.1", "convs.2", "dense"} - {"blocks.0.1.conv2", "blocks.1.1.conv2"}
+    assert found["convs.0"].shape == (2, 16, 42, 42) and found["dense"].shape == (2, 512)
+    masks = {"dense.weight": torch.zeros(512, 3872, dtype=torch.bool), "convs.1.weight": torch.zeros(32, 16, 3, 3) > 0}
+    scalars = report(network, x, masks)
+    assert scalars["diagnostics/dense/unconnected"] == 1
+    assert scalars["diagnostics/convs.1/unconnected"] == 0  # its ReLU is after a pooling: not looked through
+
+
+def matrix(values, rows=40, columns=30):
+    """A matrix with these singular values."""
+    torch.manual_seed(1)
+    left, _ = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.float64))
+    return left[:, : len(values)] @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right[: len(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "rank", "stable"),
+    [
+        ([3.0], 1, 1),
+        ([2.0] * 7, 7, 7),
+        ([98.0, 1.0, 1.0], 2, (98**2 + 2) / 98**2),  # 98 % after one value, 99 % after two
+        ([90.0, 5.0, 4.5, 0.5], 3, (8100 + 25 + 20.25 + 0.25) / 8100),
+    ],
+)
+def test_ranks_of_known_spectra(values, rank, stable):
+    for scale in (1.0, 1e-3, 1e3):
+        assert srank(scale * matrix(values)) == rank
+        assert stable_rank(scale * matrix(values)) == pytest.approx(stable)
+
+
+def test_ranks_of_nothing():
+    assert srank(torch.zeros(4, 3)) == 0 and stable_rank(torch.zeros(4, 3)) == 0
+
+
+def test_norms_by_hand():
+    assert feature_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]])) == 3
+    layer = nn.Linear(2, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[2.0, 3.0]]))
+        layer.bias.fill_(6.0)
+    assert weight_norms(layer) == pytest.approx({"weight": math.sqrt(13), "bias": 6, "total": 7})
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_cosines_of_constructed_gradients(chunk):
+    """Of w x without a bias, the gradient with respect to w is x: the cosines are those of the inputs."""
+    layer = nn.Linear(2, 1, bias=False)
+    x = torch.tensor([[1.0, 0.0], [0.0, 5.0], [2.0, 2.0], [-3.0, 0.0], [0.0, 0.0]])
+    half = math.sqrt(0.5)
+    expected = torch.tensor(
+        [
+            [1, 0, half, -1, 0],
+            [0, 1, half, 0, 0],
+            [half, half, 1, -half, 0],
+            [-1, 0, -half, 1, 0],
+            [0, 0, 0, 0, 0],
+        ]
+    )
+    found = gradient_cosines(layer, lambda forward, x: forward(x).sum(), [x], chunk)
+    torch.testing.assert_close(found, expected)
+
+
+def test_cosines_of_the_agents_loss_against_one_backward_a_sample():
+    torch.manual_seed(2)
+    args = dqn_sparse.Args(network="nature")
+    network = dqn_sparse.make_network(args, Box(0, 255, (4, 84, 84), np.uint8), 3)
+    target = dqn_sparse.make_network(args, Box(0, 255, (4, 84, 84), np.uint8), 3)
+    frames = torch.randint(0, 256, (2, 3, 4, 84, 84), dtype=torch.uint8)
+    batch = dqn_sparse.Batch(frames[0], torch.tensor([0, 2, 2]), torch.randn(3), torch.full((3,), 0.9), frames[1])
+
+    def loss(forward, *sample):
+        return dqn_sparse.td_loss(forward, target, dqn_sparse.Batch(*sample), double=False)[0]
+
+    rows = []
+    for i in range(3):
+        network.zero_grad()
+        loss(network, *(part[i : i + 1] for part in batch)).backward()
+        rows.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+    rows = F.normalize(torch.stack(rows))
+    torch.testing.assert_close(gradient_cosines(network, loss, batch, 2), rows @ rows.T, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_were_ever_active():
+    ever = {}
+    mask = torch.tensor([True, False, False, False])
+    assert ever_active(ever, {"a": mask}) == 0.25
+    mask.copy_(torch.tensor([False, True, False, False]))  # masks change in place
+    assert ever_active(ever, {"a": mask}) == 0.5
+    assert ever_active(ever, {"a": mask, "b": torch.ones(4, dtype=torch.bool)}) == 0.75
+    assert ever_active({}, {}) == 1
+
+
+def test_target_variance_by_hand():
+    assert target_variance(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.0]), torch.tensor([4.0, 9.0])) == 2.25
+
+
+def test_a_run_logs_them_and_learns_the_same(train):
+    looked, plain = train(diagnostics_every=100), train()
+    scalars = read_scalars(looked)
+    assert scalars["diagnostics/srank"][:, 0].tolist() == [200, 300, 400, 500]
+    expected = {f"diagnostics/{name}" for name in ("srank", "stable_rank", "feature_norm", "weight_norm")}
+    kinds = ("dormant_0", "dormant_0.025", "dormant_0.1", "unconnected")
+    expected |= {f"diagnostics/{layer}/{kind}" for layer in ("dense1", "dense2") for kind in kinds}
+    assert {tag for tag in scalars if tag.startswith("diagnostics/")} == expected
+    assert not any(tag.startswith("diagnostics/") for tag in read_scalars(plain))
+    first, second = (torch.load(folder / "model.pt")["networks"]["q_network"] for folder in (looked, plain))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
