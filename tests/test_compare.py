@@ -75,6 +75,16 @@ def test_games_are_normalised_and_taken_together(run, compared):
     assert "one table for each" in notes and "gmp 0.9 at width 2 lacks games" in notes
 
 
+def test_scripts_have_tables_and_new_methods_a_line(run, compared):
+    for script in ("dqn_sparse", "my_dqn"):
+        run(f"CartPole-v1__{script}__1__17", 3.0, method="lottery")
+        run(f"CartPole-v1__{script}__1__18", 4.0, method="gmp")
+    rows, panels, _, _ = compared()
+    assert list(rows) == ["CartPole-v1, dqn_sparse", "CartPole-v1, my_dqn"]
+    assert [row.method for row in rows["CartPole-v1, my_dqn"]] == ["gmp", "lottery"]
+    assert [container.get_label() for container in panels[1].containers] == ["gmp 0.9", "lottery 0.9"]
+
+
 def test_parameters_and_flops_are_of_the_model(train, compared, tmp_path):
     folder = train(method="random", sparsity=0.75, distribution="uniform", total_timesteps=500)
     (tmp_path / "logged").mkdir()
@@ -90,7 +100,8 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_shown(run, logged_run,
     run("faster", 1.0, learning_rate=0.1)
     run("half", 1.0, finished=False)
     logged_run("early", [(10, 1.0, 10)])
-    run("alien", 1.0, method="magic")
+    alien = run("alien", 1.0)
+    alien.joinpath("args.json").write_text('{"env_id": "CartPole-v1", "total_timesteps": 1000}')
     run("longer", 1.0, total_timesteps=1_050, method="dense")
     rows, _, _, notes = compared()
     assert sum(row.runs for row in rows["CartPole-v1"]) == 3

@@ -5,7 +5,8 @@
 The table goes to stdout as markdown, the figure to a PNG and a PDF. A run's score is the mean return of the episodes
 that ended in its last tenth, exploration included, as the papers report it; runs without an end are left out. The
 table has the interquartile mean over runs with its 95 % bootstrap interval. Atari games are taken together,
-human-normalised, runs resampled within games; any other environment has a table and a panel of its own.
+human-normalised, runs resampled within games; any other environment has a table and a panel of its own, and so has
+each script.
 """
 
 from collections.abc import Sequence
@@ -35,9 +36,14 @@ from utils.results import (
     warn,
 )
 
-METHODS = ("dense", "random", "gmp", "set", "rigl")
-COLORS = dict(zip(METHODS, ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73")))  # Okabe and Ito (2008)
-MARKERS = dict(zip(METHODS, "os^vD"))
+STYLES = {  # of each method, colours of Okabe and Ito (2008); in this order
+    "dense": ("#000000", "o"),
+    "random": ("#0072B2", "s"),
+    "gmp": ("#D55E00", "^"),
+    "set": ("#E69F00", "v"),
+    "rigl": ("#009E73", "D"),
+}
+OTHER = ("#CC79A7", "P")  # one that you added
 # Flags in which runs may differ and still be of one kind
 NOT_COMPARED = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 NOT_COMPARED |= {"resume", "save_dataset", "eval_episodes", "eval_epsilon", "capture_video", "total_timesteps"}
@@ -62,6 +68,11 @@ class Row(NamedTuple):
     better: Estimate | None  # the probability that a run beats a dense one of this width
     cost: Cost | None
     minutes: float
+
+
+def order(width: int, method: str, sparsity: float) -> tuple:
+    """For sorting: by width, then the methods as in STYLES and others after them, then sparsity."""
+    return width, [*STYLES, method].index(method), method, sparsity
 
 
 def games_of(runs: Sequence[LoggedRun]) -> list[str]:
@@ -92,16 +103,16 @@ def rows_of(runs: Sequence[LoggedRun]) -> list[Row]:
     for run in runs:
         method = run.args["method"]
         sparsity = 0.0 if method == "dense" else run.args["sparsity"]
-        groups.setdefault((run.args["width"], METHODS.index(method), sparsity), []).append(run)
+        groups.setdefault((run.args["width"], method, sparsity), []).append(run)
     rows = []
-    for (width, method, sparsity), group in sorted(groups.items()):
-        dense = groups.get((width, METHODS.index("dense"), 0.0))
+    for (width, method, sparsity), group in sorted(groups.items(), key=lambda item: order(*item[0])):
+        dense = groups.get((width, "dense", 0.0))
         better = None
-        if dense and METHODS[method] != "dense" and games_of(dense) == games_of(group):
+        if dense and method != "dense" and games_of(dense) == games_of(group):
             better = improvement(scores_of(group), scores_of(dense))
         minutes = float(np.median([training_seconds(run.folder) for run in group])) / 60
         score, needs = summarise(scores_of(group)), cost_of(group[0])
-        rows.append(Row(width, METHODS[method], sparsity, len(group), score, better, needs, minutes))
+        rows.append(Row(width, method, sparsity, len(group), score, better, needs, minutes))
     return rows
 
 
@@ -123,11 +134,11 @@ def markdown(rows: Sequence[Row], score_name: str) -> str:
 
 def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> None:
     """Score against width, with its interval, a line for each method and sparsity."""
-    lines = sorted({(METHODS.index(row.method), row.sparsity) for row in rows})
+    lines = sorted({(row.method, row.sparsity) for row in rows}, key=lambda line: order(0, *line))
     widths = sorted({row.width for row in rows})
     highest = max(row.sparsity for row in rows)  # has filled marks
-    for number, (method, sparsity) in enumerate(lines):
-        name = METHODS[method]
+    for number, (name, sparsity) in enumerate(lines):
+        color, marker = STYLES.get(name, OTHER)
         own = [row for row in rows if row.method == name and row.sparsity == sparsity]
         x = [widths.index(row.width) + 0.06 * (number - (len(lines) - 1) / 2) for row in own]  # side by side
         middle, low, high = np.array([row.score for row in own]).T
@@ -135,8 +146,8 @@ def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> No
             x,
             middle,
             yerr=np.maximum([middle - low, high - middle], 0),
-            color=COLORS[name],
-            marker=MARKERS[name],
+            color=color,
+            marker=marker,
             capsize=3,
             linewidth=2,
             linestyle="--" if name == "dense" else "-",
@@ -154,7 +165,7 @@ def comparable(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
     """The runs that reached their end and say what a comparison asks; names the others."""
     kept = []
     for run in runs:
-        if not {"env_id", "method", "width", "sparsity"} <= run.args.keys() or run.args["method"] not in METHODS:
+        if not {"env_id", "method", "width", "sparsity"} <= run.args.keys():
             warn(f"{run.folder}: its flags do not say method, width and sparsity; left out")
         elif not run.finished:
             warn(f"{run.folder} is not finished; left out")
@@ -172,9 +183,10 @@ def main(args: Args) -> dict[str, list[Row]]:
     tables: dict[str, list[LoggedRun]] = {}
     for run in comparable(find_runs(args.runs)):
         game = human_normalised(0.0, run.args["env_id"]) is not None
-        tables.setdefault("Atari" if game else run.args["env_id"], []).append(run)
+        task = "Atari" if game else run.args["env_id"]
+        tables.setdefault(f"{task}, {run.args['script']}" if run.args["script"] else task, []).append(run)
     if len(tables) > 1:
-        warn(f"runs of {', '.join(tables)}: one table for each")
+        warn(f"runs of {'; '.join(tables)}: one table for each")
     figure, panels = plt.subplots(1, len(tables), figsize=(6.5 * len(tables), 4), layout="constrained", squeeze=False)
     results = {}
     for axes, (name, runs) in zip(panels[0], tables.items()):
@@ -192,8 +204,9 @@ def main(args: Args) -> dict[str, list[Row]]:
             differing = {flag for run in group for flag in run.args | first if run.args.get(flag) != first.get(flag)}
             if differing - NOT_COMPARED:
                 warn(f"{which}: runs that differ in {', '.join(sorted(differing - NOT_COMPARED))} are taken together")
-        title = f"{name}: {', '.join(games)}" if name == "Atari" else name
-        score_name = "human-normalised IQM" if name == "Atari" else "IQM of final return"
+        atari = name.startswith("Atari")
+        title = f"{name}: {', '.join(games)}" if atari else name
+        score_name = "human-normalised IQM" if atari else "IQM of final return"
         results[title] = rows_of(runs)
         counts = sorted({row.runs for row in results[title]})
         seeds = f"{counts[0]} runs each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"

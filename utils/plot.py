@@ -116,7 +116,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """folders of runs, or patterns of them in quotes"""
     by: str = "method"
-    """flags by which runs are told apart, with commas; the others are averaged over"""
+    """flags by which runs are told apart, with commas, and "script"; the others are averaged over"""
     scalars: tuple[str, ...] = ()
     """also draw these TensorBoard scalars; * stands for anything"""
     out: Path = Path("curves")

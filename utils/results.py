@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 
 
 class LoggedRun(NamedTuple):
-    """A run's folder, its flags, and its `episodes` (n, 3) float64: step, return and length of each that ended."""
+    """A run's folder; its flags, and "script" among them, from the folder's name (None if it has another); and its
+    `episodes` (n, 3) float64: step, return and length of each that ended."""
 
     folder: Path
     args: dict
@@ -72,6 +73,8 @@ def read_run(folder: Path) -> LoggedRun:
     rows = [line for line in lines[1:] if line.endswith("\n")]
     try:
         episodes = np.loadtxt(rows, delimiter=",", ndmin=2) if rows else np.empty((0, 3))
+        parts = folder.name.split("__")
+        args["script"] = parts[1] if len(parts) == 4 else None
         return LoggedRun(folder, args, episodes.reshape(-1, 3))
     except ValueError:
         raise ValueError("has an unreadable episodes.csv") from None
