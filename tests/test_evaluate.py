@@ -34,6 +34,7 @@ def test_epsilon_and_seed_are_played(train):
     assert not np.array_equal(greedy, play(folder, episodes=20, epsilon=0.0, seed=5)[folder])
     random = play(folder, episodes=20, epsilon=1.0)[folder]
     assert 15 < random.mean() < 32  # a random policy balances for about 22 steps
+    assert not np.array_equal(greedy, random)
     assert len(greedy) == len(random) == 20
 
 

@@ -73,13 +73,16 @@ def test_scalars_have_panels(logged_run, drawn, tmp_path, capsys):
     rows = [(step, step / 1_000) for step in range(1, 1_001)]
     logged_run("a", constant(1.0), {"sparsity/global": rows, "sparsity/head.weight": rows, "losses/td": rows})
     pattern = str(tmp_path / "logged/*")
-    plot.main(plot.Args((pattern,), scalars=("sparsity/*", "diagnostics/*"), out=tmp_path / "a"))
+    plot.main(
+        plot.Args((pattern,), scalars=("sparsity/h*", "sparsity/*", "diagnostics/*", "losses/*"), out=tmp_path / "a")
+    )
     assert [axes.get_ylabel() for axes in drawn[0][1].axes] == [
         "episodic return",
-        "sparsity/global",
         "sparsity/head.weight",
+        "sparsity/global",
+        "losses/td",
     ]
-    (line,) = drawn[0][1].axes[1].get_lines()
+    (line,) = drawn[0][1].axes[2].get_lines()
     np.testing.assert_allclose(line.get_ydata()[10:], line.get_xdata()[10:] / 1_000 - 0.0245, atol=1e-6)
     assert "no run has logged diagnostics/*" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ over the last twentieth of the run.
 """
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,37 +129,36 @@ def label_of(names: Sequence[str], values: Sequence[object]) -> str:
 
 
 def figure_of(runs: Sequence[LoggedRun], by: Sequence[str], patterns: Sequence[str] = ()) -> plt.Figure:
-    """One row of panels for each environment: the returns, then each scalar whose tag fits one of the patterns."""
+    """Panels for each environment: the returns, then each scalar whose tag fits one of the patterns, in their order."""
     logged = {run.folder: read_scalars(run.folder) for run in runs} if patterns else {}
-    tags = sorted(
-        {tag for scalars in logged.values() for tag in scalars if any(fnmatch.fnmatch(tag, p) for p in patterns)}
-    )
+    all_tags = sorted({tag for scalars in logged.values() for tag in scalars})
+    tags = []
     for pattern in patterns:
-        if not fnmatch.filter(tags, pattern):
+        found = fnmatch.filter(all_tags, pattern)
+        tags += [tag for tag in found if tag not in tags]
+        if not found:
             warn(f"--scalars: no run has logged {pattern}")
     environments = group_runs(runs, ["env_id"])
-    size = (6.5 * (1 + len(tags)), 4 * len(environments))
-    figure, panels = plt.subplots(len(environments), 1 + len(tags), figsize=size, layout="constrained", squeeze=False)
-    for row, ((env_id,), members) in zip(panels, environments.items()):
+    columns = min(1 + len(tags), 3)
+    rows = math.ceil((1 + len(tags)) / columns)  # of one environment
+    width, height = (7, 4) if columns == 1 else (4.4, 3)
+    size = (width * columns, height * rows * len(environments))
+    figure, panels = plt.subplots(rows * len(environments), columns, figsize=size, layout="constrained", squeeze=False)
+    for row, ((env_id,), members) in zip(panels.reshape(len(environments), -1), environments.items()):
         groups = {label_of(by, values): group for values, group in group_runs(members, by).items()}
         steps = max(run.total_steps for run in members)
-        series = {label: [run.episodes[:, :2] for run in group] for label, group in groups.items()}
-        draw(row[0], series, steps)
-        row[0].set(title=env_id, ylabel="episodic return")
-        row[0].legend(frameon=False, fontsize="small", title=", ".join(by) + " (runs)")
-        for axes, tag in zip(row[1:], tags):
-            draw(
-                axes,
-                {
-                    label: [logged[run.folder].get(tag, np.empty((0, 2))) for run in group]
-                    for label, group in groups.items()
-                },
-                steps,
-            )
+        for axes, tag in zip(row, ["episodic return", *tags]):
+            draw(axes, {label: [series(run, tag, logged) for run in group] for label, group in groups.items()}, steps)
             axes.set(title=env_id, ylabel=tag)
-        for axes in row:
             axes.set_xlabel("updates" if "total_updates" in members[0].args else "agent steps")
+        row[0].legend(frameon=False, fontsize="small", title=", ".join(by) + " (runs)", title_fontsize="small")
+        for axes in row[1 + len(tags) :]:
+            axes.remove()
     return figure
+
+
+def series(run: LoggedRun, tag: str, logged: dict[Path, dict]) -> np.ndarray:
+    return run.episodes[:, :2] if tag == "episodic return" else logged[run.folder].get(tag, np.empty((0, 2)))
 
 
 def main(args: Args) -> None:
