@@ -1,6 +1,7 @@
 """`python -m utils.evaluate`, and the reading of models: real runs, hand-made networks, files that are no models."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 import dqn_sparse
+import sac_sparse
 from utils import evaluate as command
 from utils.results import Model, atari_scores, cost, human_normalised, load_model
 
@@ -150,3 +152,48 @@ def test_human_normalised_scores():
     np.testing.assert_allclose(human_normalised(np.array([-20.7, -3.05]), "ALE/Pong-v5"), [0, 0.5])
     assert human_normalised(500.0, "CartPole-v1") is None
     assert human_normalised(1.0, "ALE/Carnival-v5") is None  # no human has a score in the table
+
+
+def save(path, module, args, networks):
+    content = {"script": module.__name__, "args": dataclasses.asdict(args), "masks": {}}
+    torch.save(content | {"networks": {name: network.state_dict() for name, network in networks.items()}}, path)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("dqn_sparse", {}), ("rainbow_pruned", {}), ("cql_pruned", {"loss": "huber"}), ("cql_pruned", {"loss": "c51"})],
+)
+def test_value_agents_act_as_their_scripts_do(script, flags, tmp_path):
+    torch.manual_seed(0)
+    module = importlib.import_module(script)
+    args = module.Args(env_id="CartPole-v1", network="mlp", **flags)
+    network = module.make_network(args, Box(-1, 1, (4,)), 2)
+    save(tmp_path / "model.pt", module, args, {"q_network": network})
+    observation = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    network.eval()
+    support = () if script == "dqn_sparse" else (None,)
+    if flags.get("loss") == "c51" or script == "rainbow_pruned":
+        support = (torch.linspace(args.v_min, args.v_max, args.n_atoms),)
+    x, rng = torch.from_numpy(observation), np.random.default_rng(0)
+    expected = module.epsilon_greedy(network, x, *support, 0.0, 2, rng)
+    assert 0 < expected.mean() < 1  # both actions are chosen
+    found = command.make_policy(load_model(tmp_path), 0.0, 0)(observation)
+    assert found.tolist() == expected.tolist()
+    assert len(play(tmp_path, episodes=2)[tmp_path]) == 2
+
+
+def test_sac_acts_as_its_script_does(tmp_path):
+    torch.manual_seed(0)
+    args = sac_sparse.Args(env_id="Pendulum-v1", network="mlp", action_repeat=2, gamma=0.9, num_critics=2)
+    actor, critic = sac_sparse.make_networks(args, 3, 1)
+    rsnorm = sac_sparse.RSNorm(3)
+    rsnorm.update(5 + 3 * torch.randn(50, 3))
+    save(tmp_path / "model.pt", sac_sparse, args, {"actor": actor, "critic": critic, "rsnorm": rsnorm})
+    model = load_model(tmp_path)
+    observation = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    expected = actor.greedy(rsnorm(torch.from_numpy(observation))).detach().numpy()
+    np.testing.assert_allclose(command.make_policy(model, 0.0, 0)(observation), expected, rtol=1e-6)
+    assert command.environment_flags(model, command.Args(())) == {"action_repeat": 2}
+    assert len(play(tmp_path, episodes=2)[tmp_path]) == 2
+    assert cost(model).total == sum(p.numel() for n in (actor, critic) for p in n.parameters() if p.ndim >= 2)
+    assert cost(model).flops == 2 * cost(model).total
