@@ -507,7 +507,7 @@ def main(args: Args) -> np.ndarray:
     dataset = None
     if args.save_dataset:
         try:
-            dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, append=bool(args.resume))
+            dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, args.env_id, bool(args.resume))
         except OSError as error:
             fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset}: {error.strerror}")
     table = mask_table(shapes, final_kept)
@@ -637,4 +637,4 @@ def main(args: Args) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None))
+    main(parse_args(Args, (CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None)))
