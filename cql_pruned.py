@@ -577,10 +577,13 @@ def main(args: Args) -> np.ndarray:
     return returns
 
 
-PRESETS = (
-    (C51, lambda args: args.loss == "c51"),
-    (CLASSIC_CONTROL, lambda args: atari_game(env_id_of(args)) is None),
-)
+def parse() -> Args:
+    """The command line, with C51 and CLASSIC_CONTROL where they apply and a flag is not given."""
+    args = parse_args(Args, {}, lambda args: False)
+    vectors = atari_game(env_id_of(args)) is None
+    presets = (C51 if args.loss == "c51" else {}) | (CLASSIC_CONTROL if vectors else {})
+    return parse_args(Args, presets, lambda args: True)
+
 
 if __name__ == "__main__":
-    main(parse_args(Args, *PRESETS))
+    main(parse())

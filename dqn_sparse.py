@@ -561,4 +561,4 @@ def main(args: Args) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, (CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None)))
+    main(parse_args(Args, CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None))

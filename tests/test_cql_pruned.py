@@ -143,17 +143,12 @@ def test_values_of_the_paper(loss, tmp_path, monkeypatch):
     DatasetWriter(str(tmp_path / "set"), 1, CARTPOLE, 1, env_id="ALE/Pong-v5")
     flags = ["--dataset", str(tmp_path / "set"), "--loss", loss]
     monkeypatch.setattr(sys, "argv", ["cql_pruned.py", *flags])
-    args = vars(parse())
+    args = vars(cql_pruned.parse())
     expected = PAPER[loss] | BOTH | {"target_network_frequency": TARGET[loss]}
     assert {name: args[name] for name in expected} == expected
     monkeypatch.setattr(sys, "argv", ["cql_pruned.py", *flags, "--env-id", "CartPole-v1", "--n-step", "2"])
-    args = parse()
+    args = cql_pruned.parse()
     assert (args.network, args.n_step, args.dueling) == ("mlp", 2, loss == "c51")
-
-
-def parse():
-    """What the script would run with the command line at hand."""
-    return cql_pruned.parse_args(Args, *cql_pruned.PRESETS)
 
 
 RANDOMNESS = (0.3, 0.6, 1.0)

@@ -172,7 +172,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def parsed(monkeypatch, *flags: str) -> Args:
     monkeypatch.setattr(sys, "argv", ["dqn_sparse.py", *flags])
-    return parse_args(Args, (CLASSIC_CONTROL, lambda args: args.env_id == "CartPole-v1"))
+    return parse_args(Args, CLASSIC_CONTROL, lambda args: args.env_id == "CartPole-v1")
 
 
 def test_presets_stand_below_the_command_line(monkeypatch):
@@ -295,7 +295,7 @@ def kill(run, step, **values):
     if step == 200 and not values:
         os.kill(os.getpid(), {int(number)})
 dqn_sparse.Run.progress = kill
-dqn_sparse.main(dqn_sparse.parse_args(dqn_sparse.Args, (dqn_sparse.CLASSIC_CONTROL, lambda args: True)))
+dqn_sparse.main(dqn_sparse.parse_args(dqn_sparse.Args, dqn_sparse.CLASSIC_CONTROL, lambda args: True))
 """
     stopped = run_script("-c", code, *TINY, "--total-timesteps", "300", "--runs-dir", str(tmp_path))
     assert stopped.returncode == 0, stopped.stderr

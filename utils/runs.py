@@ -37,22 +37,16 @@ def require(args: object, name: str, ok: bool, takes: str) -> None:
         fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
 
 
-def parse_args(args_class: type[ArgsT], *presets: tuple[dict[str, object], Callable[[ArgsT], bool]]) -> ArgsT:
+def parse_args(args_class: type[ArgsT], presets: dict[str, object], applies: Callable[[ArgsT], bool]) -> ArgsT:
     """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
-    `--resume` names; the value in the last of the `presets` (values, applies) that has one and for which
-    `applies(args)` is true, `args` being what the presets before it gave; the default in the class.
+    `--resume` names; the value in `presets`, if `applies(args)`; the default in the class.
     """
     args = tyro.cli(args_class)
     if args.resume:
         saved = load_checkpoint(args.resume, Path(sys.argv[0]).stem)["args"]
         known = {field.name for field in fields(args_class)}
         return tyro.cli(args_class, default=args_class(**{k: v for k, v in saved.items() if k in known}))
-    default = args_class()
-    for values, applies in presets:
-        if applies(args):
-            default = replace(default, **values)
-            args = tyro.cli(args_class, default=default)
-    return args
+    return tyro.cli(args_class, default=replace(args_class(), **presets)) if applies(args) else args
 
 
 def choose_device(cuda: bool) -> torch.device:
