@@ -522,9 +522,7 @@ def main(args: Args) -> np.ndarray:
             run.progress(global_step, loss=td, sparsity=sparsity["sparsity/global"])
         look_every = args.diagnostics_every
         if look_every and update and global_step // look_every > last_step // look_every:
-            with (
-                torch.random.fork_rng()
-            ):  # looking changes nothing: the run goes on with the random numbers it would have
+            with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(report(q_network, replay.sample(256).observation, masks), global_step)
         if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
             save_checkpoint()
