@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (
-    "--env-id ALE/Breakout-v5 --network nature --learning-starts 1000 --total-timesteps 1000000 --runs-dir /tmp/bench"
+    "--env-id ALE/Breakout-v5 --network nature --learning-starts 1000 --total-timesteps 1000000 --runs-dir runs/benchmark"
 )
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "--env-id HalfCheetah-v5 --network mlp --learning-starts 500 --total-timesteps 1000000 --runs-dir /tmp/bench"
+OURS = "--env-id HalfCheetah-v5 --network mlp --learning-starts 500 --total-timesteps 1000000 --runs-dir runs/benchmark"
 
 
 def ms_per_step(script: str, flags: str, steps: int) -> float:
