@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.dataset import DatasetWriter
+from utils.diagnostics import report
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.masks import (
@@ -93,6 +94,8 @@ class Args:
     """share of random actions in them"""
     capture_video: bool = False
     """record these episodes as MP4"""
+    diagnostics_every: int = 0
+    """agent steps between looks at dormant units, rank and norms of the network; 0 is never"""
 
     # Algorithm (Dopamine's rainbow.gin)
     total_timesteps: int = 10_000_000
@@ -600,6 +603,10 @@ def main(args: Args) -> np.ndarray:
             charts = {"charts/SPS": run.steps_per_second(global_step), "charts/epsilon": epsilon}
             run.scalars({"losses/td_loss": td, "losses/q_values": q} | charts | sparsity, global_step)
             run.progress(global_step, loss=td, sparsity=sparsity["sparsity/global"])
+        look_every = args.diagnostics_every
+        if look_every and update and global_step // look_every > last_step // look_every:
+            with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
+                run.scalars(report(q_network, replay.sample(256).observation, masks), global_step)
         if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
             save_checkpoint()
 
@@ -637,4 +644,4 @@ def main(args: Args) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, (CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None)))
+    main(parse_args(Args, CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None))
