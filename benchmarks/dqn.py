@@ -15,9 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = (
-    "--env-id ALE/Breakout-v5 --network nature --learning-starts 1000 --total-timesteps 1000000 --runs-dir runs/benchmark"
-)
+OURS = "--env-id ALE/Breakout-v5 --network nature --learning-starts 1000 --total-timesteps 1000000 --runs-dir runs"
 
 
 def ms_per_update(script: str, flags: str, updates: int) -> float:

@@ -34,7 +34,7 @@ from utils.replay import Replay
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OURS = "--env-id ALE/Breakout-v5 --network nature --method dense --learning-starts 1000 --total-timesteps 1000000"
-OURS += " --runs-dir runs/benchmark"
+OURS += " --runs-dir runs"
 SCRIPTS = {"compact": OURS, "full": f"{OURS} --double --dueling --noisy"}
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "--env-id HalfCheetah-v5 --network mlp --learning-starts 500 --total-timesteps 1000000 --runs-dir runs/benchmark"
+OURS = "--env-id HalfCheetah-v5 --network mlp --learning-starts 500 --total-timesteps 1000000 --runs-dir runs"
 
 
 def ms_per_step(script: str, flags: str, steps: int) -> float:
