@@ -300,7 +300,7 @@ class MLP(nn.Module):
         self.apply(xavier_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *observation shape) -> (B, A, N)
-        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).to(self.dense1.weight.dtype))))))
+        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).float())))))
 
 
 def xavier_init(layer: nn.Module) -> None:
