@@ -1,5 +1,6 @@
 """sac_sparse.py against published counts, closed forms, torch.distributions and a slow literal SAC."""
 
+import inspect
 import math
 import re
 from dataclasses import fields, replace
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import dqn_sparse
 import sac_sparse
 from sac_sparse import MLP, PENDULUM, Args, RSNorm, make_networks
-from utils.masks import erk_densities, prunable
+from utils.masks import erk_densities, prunable, random_mask
 from utils.replay import Batch
 
 HUMANOID, DOG = (67, 21), (223, 38)  # lengths of observation and action in the DeepMind Control suite
@@ -378,6 +380,38 @@ def test_masked_weights_are_zero_after_adamw_and_in_the_target(tmp_path, small_s
     if method != "gmp":
         mask = model["masks"]["critic"]["encoder.2.weight" if network == "mlp" else "encoder.1.expand.weight"]
         assert not torch.equal(mask[0], mask[1])  # each critic has zeros of its own
+
+
+def state_after(script, method, weight, grad, mask):
+    """Weight, mask and Adam's moments after one AdamW step and one change of the mask to 10 (gmp: 7) weights."""
+    weight = nn.Parameter(weight.clone())
+    optimizer, mask = torch.optim.AdamW([weight], lr=0.1), mask.clone()
+    weight.grad = grad.clone()
+    optimizer.step()
+    weight.data.mul_(mask)
+    if method == "gmp":
+        script.prune({"w": weight}, {"w": mask}, {"w": 7})
+    else:
+        script.rewire({"w": weight}, {"w": mask}, {"w": 10}, optimizer, 0.5, method)
+    return weight.data, mask, optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("method", ["gmp", "rigl"])
+def test_masks_of_a_critic_change_as_if_it_were_alone(method):
+    torch.manual_seed(0)
+    weight, grad = torch.randn(2, 6, 5), torch.randn(2, 6, 5) * torch.tensor([1.0, 100.0])[:, None, None]
+    mask = torch.stack([random_mask((6, 5), 10, torch.Generator().manual_seed(i)) for i in range(2)])
+    together = state_after(sac_sparse, method, weight * mask, grad, mask)
+    for i in range(2):
+        alone = state_after(dqn_sparse, method, (weight * mask)[i], grad[i], mask[i])
+        assert all(torch.equal(a[i], b) for a, b in zip(together, alone))
+    assert not torch.equal(together[1], mask)
+
+
+@pytest.mark.parametrize("name", ["cubic_sparsity", "cosine_drop_fraction", "prune", "rewire", "mask_update_due"])
+def test_the_method_is_the_same_text_as_in_dqn_sparse(name):
+    ours, theirs = (inspect.getsource(getattr(script, name)) for script in (sac_sparse, dqn_sparse))
+    assert ours.replace("largest_each(", "keep_largest(") == theirs
 
 
 @pytest.mark.parametrize("sparse", ["actor", "critic"])
