@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RUNNING = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-RUNNING |= {"resume", "save_dataset", "dataset", "capture_video", "diagnostics_every"}
+RUNNING |= {"resume", "save_dataset", "dataset", "capture_video", "diagnostics_every", "cuda_graph", "tf32"}
 
 
 def shown(value):

@@ -1,0 +1,236 @@
+"""Agent steps per second, time and memory of an update, and how far it is from what the machine could do.
+
+    python benchmarks/throughput.py                                            # every script, width 1, dense and sparse
+    python benchmarks/throughput.py --tasks dqn-impala --widths 1 2 3 4 --out docs/throughput
+    python benchmarks/throughput.py --tasks dqn --peer path/to/dqn_atari.py --peer-flags "--learning-starts 1000 ..."
+
+Contenders take turns, so that a machine whose speed drifts slows all of them; ratios are within a turn. The machine's
+limit is the time of the update's FLOPs at the rate of a large float32 matrix product, plus that of the weights' way
+through memory (forward and backward passes, Adam, masks) at the bandwidth of a large copy, both measured here. The time
+per update that it is compared with holds everything: acting and environment steps too.
+"""
+
+import argparse
+import copy
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cql_pruned
+import dqn_sparse
+import rainbow_pruned
+import sac_sparse
+from utils.replay import Batch
+from utils.runs import choose_device
+
+ROOT = Path(__file__).resolve().parent.parent
+ATARI = "--env-id ALE/Breakout-v5 --learning-starts 1000 --total-timesteps 1000000"
+CHEETAH = "--env-id HalfCheetah-v5 --learning-starts 1000 --total-timesteps 1000000"
+CQL = "--env-id ALE/Breakout-v5 --dataset {data}"
+TASKS = {  # script, network, flags, agent steps per update
+    "dqn": (dqn_sparse, "nature", ATARI, 4),
+    "dqn-impala": (dqn_sparse, "impala", ATARI, 4),
+    "rainbow": (rainbow_pruned, "nature", ATARI, 4),
+    "sac-mlp": (sac_sparse, "mlp", CHEETAH, 1),
+    "sac-simba": (sac_sparse, "simba", CHEETAH, 0.5),
+    "cql": (cql_pruned, "nature", CQL, 1),
+}
+
+
+def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], None], list[nn.Module]]:
+    """The losses and gradients of one update, and the networks that it trains."""
+    script, network, *_ = TASKS[task]
+    args = script.Args(network=network, width=width)
+    if script is sac_sparse:
+        args.num_critics = 2 if network == "mlp" else 1
+        actor, critic = (net.to(device) for net in script.make_networks(args, 17, 6))
+        target, zeros = copy.deepcopy(critic), torch.zeros(args.batch_size, device=device)
+        observation, action = zeros[:, None].repeat(1, 17), zeros[:, None].repeat(1, 6)
+        batch = Batch(observation, action, zeros, zeros, observation)
+
+        def loss() -> None:
+            policy_loss, _ = script.actor_loss(actor, critic, observation, zeros[0])
+            policy_loss.backward(inputs=list(actor.parameters()))
+            script.critic_loss(actor, critic, target, batch, zeros[0])[0].sum().backward()
+
+        return loss, [actor, critic]
+
+    space = Box(0, 255, (4, 84, 84), np.uint8)
+    network = script.make_network(args, space, 4).to(device)
+    target, zeros = copy.deepcopy(network), torch.zeros(args.batch_size, device=device)
+    blank = torch.zeros(args.batch_size, *space.shape, dtype=torch.uint8, device=device)
+    batch = Batch(blank, zeros.long(), zeros, zeros, blank)
+    if script is cql_pruned:
+        return lambda: script.loss_terms(network, target, batch, None, args)[0].backward(), [network]
+    if script is rainbow_pruned:
+        support = torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device)
+        return lambda: script.td_loss(network, target, batch, support, args.double)[0].mean().backward(), [network]
+    return lambda: script.td_loss(network, target, batch, args.double)[0].backward(), [network]
+
+
+def update_cost(task: str, width: int, masked: bool, device: torch.device) -> tuple[int, int]:
+    """FLOPs of an update, and bytes of weights that it moves."""
+    loss, networks = loss_of(task, width, device)
+    with FlopCounterMode(display=False) as counter:
+        loss()
+    weights = sum(weight.numel() for network in networks for weight in network.parameters())
+    passes = 3 + 1  # read by forward, target's forward and backward; the gradient is written
+    adam = 4 + 3  # reads weight, gradient and two moments; writes weight and moments
+    return counter.get_total_flops(), 4 * weights * (passes + adam + (3 if masked else 0))
+
+
+def best_seconds(action: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(15):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def machine(device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes/s of a large copy, both ways counted."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    x, y = torch.empty(2**26, device=device), torch.ones(2**26, device=device)
+    return 2 * size**3 / best_seconds(lambda: a @ b, device), 2 * 4 * 2**26 / best_seconds(lambda: x.copy_(y), device)
+
+
+def time_script(script: str, flags: str, skip: int, seconds: float, multiple: int, offline: bool) -> dict:
+    command = [sys.executable, str(ROOT / "benchmarks/time_steps.py"), "--skip", str(skip), "--seconds", str(seconds)]
+    command += ["--multiple", str(multiple), *(["--offline"] if offline else []), script, *shlex.split(flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script} {flags} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_data(folder: str) -> None:
+    flags = "--network nature --total-timesteps 3040 --learning-starts 3000 --eval-episodes 1 --method dense"
+    command = [sys.executable, str(ROOT / "dqn_sparse.py"), *shlex.split(flags), "--save-dataset", f"{folder}/data"]
+    subprocess.run([*command, "--runs-dir", folder], check=True, capture_output=True)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for task, method in dict.fromkeys((row["task"], row["method"]) for row in rows if row["width"]):
+        line = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+        axes.plot(
+            [row["width"] for row in line], [row["ms_per_update"] for row in line], "o-", label=f"{task} {method}"
+        )
+    limits = {(row["task"], row["width"]): row["limit_ms"] for row in rows if row["width"]}
+    for task in dict.fromkeys(task for task, _ in limits):
+        widths = sorted(width for name, width in limits if name == task)
+        axes.plot(widths, [limits[task, width] for width in widths], "k:", label=f"{task}, the machine's limit")
+    axes.set(xlabel="width", ylabel="ms per update", yscale="log")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--widths", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--methods", nargs="+", default=["dense", "random"], help="these are 90 %% sparse, but for dense"
+    )
+    parser.add_argument("--flags", default="", help="more flags for our scripts, in one string")
+    parser.add_argument("--peer", help="another training script, with as many agent steps per update")
+    parser.add_argument("--peer-flags", default="", help="its flags, in one string; 1000 steps before it learns")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument(
+        "--out", help="write the rows to OUT.json, and a figure of the time against the width to OUT.png"
+    )
+    args = parser.parse_args()
+
+    device = choose_device(True)
+    flops_rate, bandwidth = machine(device)
+    print(
+        f"matrix product {flops_rate / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s, torch {torch.__version__}\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if "cql" in args.tasks:
+            write_data(folder)
+        contenders = {}
+        for task in args.tasks:
+            script, network, flags, steps_per_update = TASKS[task]
+            flags = f"{flags.format(data=folder + '/data')} --network {network} --runs-dir {folder} {args.flags}"
+            path = str(ROOT / f"{script.__name__}.py")
+            for width in args.widths:
+                for method in args.methods:
+                    ours = f"{flags} --width {width} --method {method} --sparsity 0.9"
+                    contenders[task, width, method] = (path, ours, steps_per_update)
+            if args.peer:
+                contenders[task, None, "peer"] = (args.peer, args.peer_flags, steps_per_update)
+
+        found = {key: [] for key in contenders}
+        for _ in range(args.rounds):
+            for key, (path, flags, steps_per_update) in contenders.items():
+                offline = key[0] == "cql"
+                skip = 50 if offline else 1000 + int(50 * steps_per_update)
+                multiple = max(1, int(steps_per_update))
+                found[key].append(time_script(path, flags, skip, args.seconds, multiple, offline))
+
+    rows = []
+    print(
+        "| task | width | method | agent steps/s (min, median, max) | ms per update | over the machine's limit ", end=""
+    )
+    print("| memory, GB | start, s | time over ours, dense (min, median, max) |\n|---|--:|---|--:|--:|--:|--:|--:|--:|")
+    for (task, width, method), results in found.items():
+        steps_per_update = contenders[task, width, method][2]
+        ms = [result["ms_per_step"] for result in results]
+        row = {
+            "task": task,
+            "width": width,
+            "method": method,
+            "ms_per_update": steps_per_update * statistics.median(ms),
+        }
+        row["steps_per_second"] = sorted(1e3 / value for value in ms)
+        row["limit_ms"] = None
+        if width:
+            flops, nbytes = update_cost(task, width, method != "dense", device)
+            row["limit_ms"] = 1e3 * (flops / flops_rate + nbytes / bandwidth)
+        memory = "peak_gpu_memory_gb" if device.type == "cuda" else "peak_memory_gb"
+        row["memory_gb"] = max(result[memory] for result in results)
+        row["startup_s"] = statistics.median(result["startup_s"] for result in results)
+        dense = found.get((task, width or args.widths[0], "dense"), results)
+        row["over_dense"] = sorted(value / base["ms_per_step"] for value, base in zip(ms, dense))
+        rows.append(row)
+        low, high = row["steps_per_second"][0], row["steps_per_second"][-1]
+        speed = f"{low:,.0f}, {statistics.median(row['steps_per_second']):,.0f}, {high:,.0f}"
+        over = f"{row['over_dense'][0]:.3f}, {statistics.median(row['over_dense']):.3f}, {row['over_dense'][-1]:.3f}"
+        limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if width else ""
+        print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} | {limit} ", end="")
+        print(f"| {row['memory_gb']:.2f} | {row['startup_s']:.1f} | {over} |")
+    if args.out:
+        hardware = {"device": str(device), "flops_per_second": flops_rate, "bytes_per_second": bandwidth}
+        Path(f"{args.out}.json").write_text(json.dumps({"machine": hardware, "rows": rows}, indent=1) + "\n")
+        draw(rows, Path(f"{args.out}.png"))
+
+
+if __name__ == "__main__":
+    main()
