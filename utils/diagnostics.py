@@ -174,7 +174,7 @@ def gradient_cosines(
             block = sum(row @ column.T for row, column in zip(rows, columns)).cpu()
             products[i : i + chunk, j : j + chunk] = block
             products[j : j + chunk, i : i + chunk] = block.T
-    norm = products.diagonal().sqrt().clamp(min=1e-12)
+    norm = products.diagonal().sqrt().clamp(min=1e-20)  # a gradient of 0 has cosines of 0
     return products / norm[:, None] / norm
 
 
@@ -186,8 +186,9 @@ def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tenso
 
 
 def ever_active(ever: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
-    """Adds the masks to `ever`, which begins as {}, and returns the share of weights that any of them has let live.
+    """Adds the masks to `ever` and returns the share of weights that any of them has let live.
 
+    `ever` begins as {} or as a copy of the first masks.
     The exploration rate of Liu et al. (2021), Do we actually need dense over-parameterization? ("ITOP").
     """
     for name, mask in masks.items():
