@@ -2,7 +2,7 @@
 
     python -m docs.methods_figure
 
-Trains three agents with dqn_sparse.py, a minute or two each, and takes the masks from their checkpoints.
+Trains three agents with dqn_sparse.py, half a minute each, and takes the masks from their checkpoints.
 """
 
 from pathlib import Path

@@ -189,7 +189,7 @@ def ever_active(ever: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -
     """Adds the masks to `ever` and returns the share of weights that any of them has let live.
 
     `ever` begins as {} or as a copy of the first masks.
-    The exploration rate of Liu et al. (2021), Do we actually need dense over-parameterization? ("ITOP").
+    This is the exploration rate of Liu et al. (2021), Do we actually need dense over-parameterization? ("ITOP").
     """
     for name, mask in masks.items():
         ever[name] = ever[name] | mask if name in ever else mask.clone()
