@@ -31,6 +31,7 @@ from torch import nn
 from utils.diagnostics import interference, report, target_variance
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
+from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
     erk_densities,
@@ -76,6 +77,10 @@ class Args:
     """seed of the networks, masks, batches and evaluations"""
     cuda: bool = True
     """use the GPU if there is one"""
+    cuda_graph: bool = True
+    """GPU: record an update as a CUDA graph and replay it"""
+    tf32: bool = True
+    """GPU: round the factors of matrix products and convolutions to 10 bits, as JAX does too"""
     runs_dir: str = "runs"
     """where the run's folder is made"""
     track: bool = False
@@ -289,7 +294,8 @@ def make_network(args: Args, observation_space: gym.spaces.Box, n_actions: int) 
         return MLP(math.prod(observation_space.shape), args.width, args.bias, head)
     network = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network]
     dense = 512 * args.width if args.scale_dense else 512
-    return network(observation_space.shape[0], args.width, dense, args.bias, head)
+    memory_format = torch.channels_last if args.network == "impala" else torch.contiguous_format  # what is faster
+    return network(observation_space.shape[0], args.width, dense, args.bias, head).to(memory_format=memory_format)
 
 
 def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
@@ -302,7 +308,7 @@ def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
 def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
     for name, weight in weights.items():
-        masks[name].copy_(keep_largest(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
+        masks[name].copy_(keep_largest(weight.abs().masked_fill(masks[name] == 0, -math.inf), kept[name]))
 
 
 def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
@@ -366,13 +372,11 @@ def loss_terms(q_network, target_network, batch: Batch, support, args: Args) -> 
     return loss, td.detach(), regularizer.detach(), data_q, policy_q
 
 
-@torch.no_grad()
-def epsilon_greedy(q_network, observation: torch.Tensor, support, epsilon: float, actions: int, rng) -> np.ndarray:
-    explore = rng.random(len(observation)) < epsilon
-    action = rng.integers(actions, size=len(observation))
-    if explore.all():
-        return action
-    return np.where(explore, action, q_values(q_network(observation), support).argmax(1).cpu().numpy())
+def epsilon_greedy(greedy: Callable[[], torch.Tensor], epsilon: float, envs: int, actions: int, rng) -> np.ndarray:
+    """Actions (num_envs,): those that `greedy` gives, or with probability epsilon random ones."""
+    explore = rng.random(envs) < epsilon
+    action = rng.integers(actions, size=envs)
+    return action if explore.all() else np.where(explore, action, greedy().cpu().numpy())
 
 
 def env_id_of(args: Args) -> str:
@@ -411,7 +415,7 @@ def main(args: Args) -> np.ndarray:
     """Trains, and returns the returns of the final evaluation's episodes."""
     args = replace(args, env_id=env_id_of(args))
     check(args)
-    device = choose_device(args.cuda)
+    device = choose_device(args.cuda, args.tf32)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
@@ -434,7 +438,7 @@ def main(args: Args) -> np.ndarray:
         q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=device.type == "cuda"
     )
 
-    # Masks: bool tensors of the weights' shapes, changed only in place
+    # Masks: ones and zeros in the weights' shapes, changed only in place
     weights, target_weights = prunable(q_network), prunable(target_network)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     distribution = erk_densities if args.distribution == "erk" else uniform_densities
@@ -443,9 +447,10 @@ def main(args: Args) -> np.ndarray:
     starts_dense = args.method in ("dense", "gmp")
     kept = {name: weight.numel() for name, weight in weights.items()} if starts_dense else dict(final_kept)
     generator = torch.Generator().manual_seed(args.seed)
-    masks = {name: random_mask(shapes[name], kept[name], generator).to(device) for name in weights}
-    if args.method == "dense":
-        masks = {}  # nothing to apply
+    masks = {}
+    if args.method != "dense":
+        for name, weight in weights.items():
+            masks[name] = torch.zeros_like(weight).copy_(random_mask(shapes[name], kept[name], generator))
     apply_masks(weights, masks)
     apply_masks(target_weights, masks)
 
@@ -499,7 +504,7 @@ def main(args: Args) -> np.ndarray:
             "args": asdict(args),
             "networks": {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()},
             "optimizer": optimizer.state_dict(),
-            "masks": masks,
+            "masks": {name: mask.bool() for name, mask in masks.items()},
             "kept": kept,
             "q_history": q_history,
             "update": update,
@@ -519,9 +524,13 @@ def main(args: Args) -> np.ndarray:
             ),
         }
 
-    def policy(observation: np.ndarray) -> np.ndarray:
+    @torch.inference_mode()
+    def greedy_action(observation: np.ndarray) -> torch.Tensor:  # (num_envs, ...) -> (num_envs,)
         observation = torch.as_tensor(observation, dtype=replay.frames.dtype).to(device, non_blocking=True)
-        return epsilon_greedy(q_network, observation, support, args.eval_epsilon, n_actions, rng)
+        return q_values(q_network(observation), support).argmax(1)
+
+    def policy(observation: np.ndarray) -> np.ndarray:
+        return epsilon_greedy(partial(greedy_action, observation), args.eval_epsilon, len(observation), n_actions, rng)
 
     def play(envs: gym.vector.VectorEnv) -> np.ndarray:
         returns, lengths = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000 + update)
@@ -531,22 +540,31 @@ def main(args: Args) -> np.ndarray:
 
     eval_envs = partial(make_envs, args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
 
-    # The loop
-    log_every = max(100, args.total_updates // 1_000)
-    while update < args.total_updates and not run.stopping:
+    def learn(mask_due: bool = False) -> list:
+        """One update, and a change of the mask if it is due; parts of the loss and means of Q."""
         batch = replay.sample(args.batch_size)
         loss, *terms = loss_terms(q_network, target_network, batch, support, args)
         optimizer.zero_grad()
         loss.backward()
 
-        if args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval):
+        if mask_due:
             for name, weight in weights.items():
                 sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[name])
                 kept[name] = kept_count(weight.numel(), 1 - sparsity)
             prune(weights, masks, kept)
-            apply_masks(target_weights, masks)
         optimizer.step()
         apply_masks(weights, masks)  # after every step: Adam's moments would revive what was pruned
+        if mask_due:
+            apply_masks(target_weights, masks)
+        return terms
+
+    fast_learn = cuda_graph(learn, args.cuda_graph and device.type == replay.device.type == "cuda")
+
+    # The loop
+    log_every = max(100, args.total_updates // 1_000)
+    while update < args.total_updates and not run.stopping:
+        prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
+        terms = learn(mask_due=True) if prune_due else fast_learn()
         update += 1
 
         if update % args.target_network_frequency == 0:
@@ -578,7 +596,8 @@ def main(args: Args) -> np.ndarray:
         print(f"stopped at update {update}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
-    save_atomically(model | {"masks": {"q_network": masks}}, run.folder / "model.pt")
+    model["masks"] = {"q_network": {name: mask.bool() for name, mask in masks.items()}}
+    save_atomically(model, run.folder / "model.pt")
 
     if args.capture_video:
         returns = play(make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max))

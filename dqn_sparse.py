@@ -16,7 +16,9 @@ Mnih et al. (2015), Human-level control through deep reinforcement learning. Nat
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import gymnasium as gym
@@ -29,6 +31,7 @@ from utils.dataset import DatasetWriter
 from utils.diagnostics import ever_active, interference, report, target_variance
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
+from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
     erk_densities,
@@ -70,6 +73,10 @@ class Args:
     """seed of the networks, masks, environments and exploration"""
     cuda: bool = True
     """use the GPU if there is one"""
+    cuda_graph: bool = True
+    """GPU: record an update, and an action, as a CUDA graph and replay it"""
+    tf32: bool = True
+    """GPU: round the factors of matrix products and convolutions to 10 bits, as JAX does too"""
     runs_dir: str = "runs"
     """where the run's folder is made"""
     track: bool = False
@@ -261,7 +268,8 @@ def make_network(args: Args, observation_space: gym.spaces.Box, n_actions: int) 
         return MLP(math.prod(observation_space.shape), n_actions, args.width, args.bias)
     network = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network]
     dense = 512 * args.width if args.scale_dense else 512
-    return network(observation_space.shape[0], n_actions, args.width, dense, args.bias)
+    memory_format = torch.channels_last if args.network == "impala" else torch.contiguous_format  # what is faster
+    return network(observation_space.shape[0], n_actions, args.width, dense, args.bias).to(memory_format=memory_format)
 
 
 def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
@@ -279,14 +287,14 @@ def cosine_drop_fraction(update: int, end: int, initial: float) -> float:
 def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
     for name, weight in weights.items():
-        masks[name].copy_(keep_largest(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
+        masks[name].copy_(keep_largest(weight.abs().masked_fill(masks[name] == 0, -math.inf), kept[name]))
 
 
 @torch.no_grad()
 def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fraction: float, method: str) -> None:
     """RigL (Evci et al. 2020): drop the smallest weights, grow where the dense gradient is largest; SET, at random."""
     for name, weight in weights.items():
-        mask, n_active = masks[name], kept[name]  # the count never changes
+        mask, n_active = masks[name] > 0, kept[name]  # the count never changes
         n_drop = int(drop_fraction * n_active)
         staying = keep_largest(weight.abs().masked_fill(~mask, -math.inf), n_active - n_drop)
         score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
@@ -295,7 +303,7 @@ def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fra
         weight.masked_fill_(new, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(new, 0.0)
-        mask.copy_(staying | grown)  # in place: a captured CUDA graph holds on to this tensor
+        masks[name].copy_(staying | grown)  # in place: a recorded CUDA graph holds on to this tensor
 
 
 def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
@@ -318,13 +326,11 @@ def linear_schedule(start: float, end: float, progress: float) -> float:
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
-@torch.no_grad()
-def epsilon_greedy(q_network: nn.Module, observation: torch.Tensor, epsilon: float, actions: int, rng) -> np.ndarray:
-    explore = rng.random(len(observation)) < epsilon
-    action = rng.integers(actions, size=len(observation))
-    if explore.all():
-        return action
-    return np.where(explore, action, q_network(observation).argmax(1).cpu().numpy())
+def epsilon_greedy(greedy: Callable[[], torch.Tensor], epsilon: float, envs: int, actions: int, rng) -> np.ndarray:
+    """Actions (num_envs,): those that `greedy` gives, or with probability epsilon random ones."""
+    explore = rng.random(envs) < epsilon
+    action = rng.integers(actions, size=envs)
+    return action if explore.all() else np.where(explore, action, greedy().cpu().numpy())
 
 
 def check(args: Args) -> None:
@@ -352,7 +358,7 @@ def check(args: Args) -> None:
 def main(args: Args) -> np.ndarray:
     """Trains, and returns the returns of the final evaluation's episodes."""
     check(args)
-    device = choose_device(args.cuda)
+    device = choose_device(args.cuda, args.tf32)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
@@ -371,7 +377,7 @@ def main(args: Args) -> np.ndarray:
         q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=device.type == "cuda"
     )
 
-    # Masks: bool tensors of the weights' shapes, changed only in place
+    # Masks: ones and zeros in the weights' shapes, changed only in place
     weights, target_weights = prunable(q_network), prunable(target_network)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     distribution = erk_densities if args.distribution == "erk" else uniform_densities
@@ -380,12 +386,13 @@ def main(args: Args) -> np.ndarray:
     starts_dense = args.method in ("dense", "gmp")
     kept = {name: weight.numel() for name, weight in weights.items()} if starts_dense else dict(final_kept)
     generator = torch.Generator().manual_seed(args.seed)
-    masks = {name: random_mask(shapes[name], kept[name], generator).to(device) for name in weights}
-    if args.method == "dense":
-        masks = {}  # nothing to apply
+    masks = {}
+    if args.method != "dense":
+        for name, weight in weights.items():
+            masks[name] = torch.zeros_like(weight).copy_(random_mask(shapes[name], kept[name], generator))
     apply_masks(weights, masks)
     apply_masks(target_weights, masks)
-    ever = copy.deepcopy(masks)  # for the diagnostics: which weights have ever lived
+    ever = {name: mask > 0 for name, mask in masks.items()}  # for the diagnostics: which weights have ever lived
 
     # Schedules count updates; a short run has its mask updates closer together, at least 50 of them
     n_updates = int((args.total_timesteps - args.learning_starts) * args.replay_ratio)
@@ -445,7 +452,7 @@ def main(args: Args) -> np.ndarray:
             "args": asdict(args),
             "networks": {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()},
             "optimizer": optimizer.state_dict(),
-            "masks": masks,
+            "masks": {name: mask.bool() for name, mask in masks.items()},
             "ever": ever,
             "kept": kept,
             "replay": replay.state_dict(),
@@ -471,18 +478,59 @@ def main(args: Args) -> np.ndarray:
     def to_device(observation: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(observation, dtype=replay.frames.dtype).to(device, non_blocking=True)
 
-    # The loop
-    log_every = max(100, args.total_timesteps // 1_000)
     replay.cut()  # the environments begin a new episode, after a resume too
     raw, infos = envs.reset(seed=args.seed + global_step)
-    observation = to_device(raw)
+    observation = to_device(raw).clone()  # (num_envs, ...), changed only in place
+
+    @torch.inference_mode()
+    def greedy_action(observation: torch.Tensor) -> torch.Tensor:  # (num_envs, ...) -> (num_envs,)
+        return q_network(observation).argmax(1)
+
+    def learn(mask_due: bool = False) -> tuple:
+        """One update, and a change of the mask if it is due; the latest loss and mean of Q(s, a)."""
+        batch = replay.sample(args.batch_size)
+        loss, q_mean = td_loss(q_network, target_network, batch, args.double)
+        optimizer.zero_grad()
+        loss.backward()
+
+        if mask_due and args.method == "gmp":
+            for name, weight in weights.items():
+                sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[name])
+                kept[name] = kept_count(weight.numel(), 1 - sparsity)
+            prune(weights, masks, kept)
+        if mask_due and args.method in ("rigl", "set"):
+            drop_fraction = cosine_drop_fraction(update, rewire_end, args.drop_fraction)
+            rewire(weights, masks, kept, optimizer, drop_fraction, args.method)
+        else:  # a change of topology replaces the weight update
+            optimizer.step()
+        apply_masks(weights, masks)  # after every step: Adam's moments would revive what was pruned
+        if mask_due:
+            apply_masks(target_weights, masks)
+        return loss.detach(), q_mean
+
+    graphs = args.cuda_graph and device.type == replay.device.type == "cuda"
+    fast_learn = cuda_graph(learn, graphs)
+    fast_greedy = cuda_graph(partial(greedy_action, observation), graphs)
+
+    # The loop
+    log_every = max(100, args.total_timesteps // 1_000)
     lives = infos.get("lives")
     resetting = np.zeros(args.num_envs, dtype=bool)
-    loss = None
+    losses = None
     while global_step < args.total_timesteps and not run.stopping:
         progress = (global_step - args.learning_starts) / args.exploration_steps
         epsilon = linear_schedule(args.start_e, args.end_e, progress)
-        action = epsilon_greedy(q_network, observation, epsilon, n_actions, rng)
+        action = epsilon_greedy(fast_greedy, epsilon, args.num_envs, n_actions, rng)
+
+        # The step after an end only resets its environment: it is no agent step
+        last_step, global_step = global_step, global_step + int((~resetting).sum())
+
+        # Before the step that they are due at: a GPU works on them while the environments play
+        while update < int((global_step - args.learning_starts) * args.replay_ratio):
+            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
+            rewire_due = args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval)
+            losses = learn(mask_due=True) if prune_due or rewire_due else fast_learn()
+            update += 1
 
         next_raw, reward, terminated, truncated, infos = envs.step(action)
         next_observation = to_device(next_raw)
@@ -494,41 +542,17 @@ def main(args: Args) -> np.ndarray:
         replay.add(observation, action, reward, terminal, end, next_observation)
         if dataset:
             dataset.add(raw, action, reward, terminated, truncated)
-        raw, observation = next_raw, next_observation
-
-        # The step after an end only resets its environment: it is no agent step
-        last_step, global_step = global_step, global_step + int((~resetting).sum())
-        resetting = end
+        raw, resetting = next_raw, end
+        observation.copy_(next_observation)
         for i in np.flatnonzero(end):
             run.episode(infos["episode"]["r"][i], infos["episode"]["l"][i], global_step)
-
-        while update < int((global_step - args.learning_starts) * args.replay_ratio):
-            batch = replay.sample(args.batch_size)
-            loss, q_mean = td_loss(q_network, target_network, batch, args.double)
-            optimizer.zero_grad()
-            loss.backward()
-
-            if args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval):
-                for name, weight in weights.items():
-                    sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[name])
-                    kept[name] = kept_count(weight.numel(), 1 - sparsity)
-                prune(weights, masks, kept)
-                apply_masks(target_weights, masks)
-            if args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval):
-                drop_fraction = cosine_drop_fraction(update, rewire_end, args.drop_fraction)
-                rewire(weights, masks, kept, optimizer, drop_fraction, args.method)
-                apply_masks(target_weights, masks)
-            else:  # a change of topology replaces the weight update
-                optimizer.step()
-            apply_masks(weights, masks)  # after every step: Adam's moments would revive what was pruned
-            update += 1
 
         if global_step // args.target_network_frequency > last_step // args.target_network_frequency:
             target_network.load_state_dict(q_network.state_dict())
 
         run.progress(global_step)
-        if loss is not None and global_step // log_every > last_step // log_every:
-            td, q = torch.stack([loss.detach(), q_mean]).tolist()
+        if losses is not None and global_step // log_every > last_step // log_every:
+            td, q = torch.stack(losses).tolist()
             sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
             sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
             if args.method in ("rigl", "set"):
@@ -553,13 +577,15 @@ def main(args: Args) -> np.ndarray:
         print(f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
-    save_atomically(model | {"masks": {"q_network": masks}}, run.folder / "model.pt")
+    model["masks"] = {"q_network": {name: mask.bool() for name, mask in masks.items()}}
+    save_atomically(model, run.folder / "model.pt")
     zeros = "" if args.method == "dense" else f" {args.sparsity:g}"
     title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
     learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
 
     def policy(observation: np.ndarray) -> np.ndarray:
-        return epsilon_greedy(q_network, to_device(observation), args.eval_epsilon, n_actions, rng)
+        greedy = partial(greedy_action, to_device(observation))
+        return epsilon_greedy(greedy, args.eval_epsilon, len(observation), n_actions, rng)
 
     if args.capture_video:
         envs = make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max)

@@ -29,6 +29,7 @@ from torch import nn
 from utils.diagnostics import ever_active, interference, report
 from utils.envs import cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
+from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
     erk_densities,
@@ -71,6 +72,10 @@ class Args:
     """seed of the networks, masks, environments and exploration"""
     cuda: bool = True
     """use the GPU if there is one"""
+    cuda_graph: bool = True
+    """GPU: record an update, and an action, as a CUDA graph and replay it"""
+    tf32: bool = True
+    """GPU: round the factors of matrix products to 10 bits, as JAX does too"""
     runs_dir: str = "runs"
     """where the run's folder is made"""
     track: bool = False
@@ -325,7 +330,7 @@ class RSNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x: torch.Tensor) -> None:  # (B, D)
-        """Takes in observations; in place, like all that a captured CUDA graph reads."""
+        """Takes in observations; in place, like all that a recorded CUDA graph reads."""
         x, total = x.double(), self.count + len(x)
         delta = x.mean(0) - self.mean
         squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
@@ -371,14 +376,14 @@ def largest_each(score: torch.Tensor, count: int) -> torch.Tensor:
 def prune(weights: dict, masks: dict, kept: dict[str, int]) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of the weights it still has; nothing comes back."""
     for name, weight in weights.items():
-        masks[name].copy_(largest_each(weight.abs().masked_fill(~masks[name], -math.inf), kept[name]))
+        masks[name].copy_(largest_each(weight.abs().masked_fill(masks[name] == 0, -math.inf), kept[name]))
 
 
 @torch.no_grad()
 def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fraction: float, method: str) -> None:
     """RigL (Evci et al. 2020): drop the smallest weights, grow where the dense gradient is largest; SET, at random."""
     for name, weight in weights.items():
-        mask, n_active = masks[name], kept[name]  # the count never changes
+        mask, n_active = masks[name] > 0, kept[name]  # the count never changes
         n_drop = int(drop_fraction * n_active)
         staying = largest_each(weight.abs().masked_fill(~mask, -math.inf), n_active - n_drop)
         score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
@@ -387,7 +392,7 @@ def rewire(weights: dict, masks: dict, kept: dict[str, int], optimizer, drop_fra
         weight.masked_fill_(new, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(new, 0.0)
-        mask.copy_(staying | grown)  # in place: a captured CUDA graph holds on to this tensor
+        masks[name].copy_(staying | grown)  # in place: a recorded CUDA graph holds on to this tensor
 
 
 def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
@@ -416,12 +421,6 @@ def critic_loss(actor, critic, target_critic, batch: Batch, alpha: torch.Tensor)
         td_target = batch.reward + batch.discount * (next_q - alpha * next_log_pi)
     q = critic(batch.observation, batch.action)  # (n, B)
     return (q - td_target).square().mean(1), q.detach().mean(1)
-
-
-@torch.no_grad()
-def act(policy: Callable, observation: torch.Tensor) -> np.ndarray:  # (num_envs, D) -> (num_envs, A)
-    action = policy(observation)
-    return (action[0] if isinstance(action, tuple) else action).cpu().numpy()
 
 
 def discount_for(episode_steps: float | None) -> float:
@@ -458,7 +457,7 @@ def check(args: Args) -> None:
 def main(args: Args) -> np.ndarray:
     """Trains, and returns the returns of the final evaluation's episodes."""
     check(args)
-    device = choose_device(args.cuda)
+    device = choose_device(args.cuda, args.tf32)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
@@ -497,7 +496,7 @@ def main(args: Args) -> np.ndarray:
         "alpha": torch.optim.Adam([log_alpha], args.q_lr, **adam),
     }
 
-    # Masks: bool tensors of the weights' shapes, changed only in place
+    # Masks: ones and zeros in the weights' shapes, changed only in place
     goal = {
         "actor": args.sparsity if args.actor_sparsity is None else args.actor_sparsity,
         "critic": args.sparsity if args.critic_sparsity is None else args.critic_sparsity,
@@ -516,11 +515,12 @@ def main(args: Args) -> np.ndarray:
         if args.method != "dense" and goal[net] > 0:
             for name, weight in weights[net].items():
                 each = [random_mask(shapes[name], kept[net][name], generator) for _ in weight]
-                masks[net][name] = torch.stack(each).to(device)
+                masks[net][name] = torch.zeros_like(weight).copy_(torch.stack(each))
         apply_masks(weights[net], masks[net])
     target_weights = prunable(target_critic)
     apply_masks(target_weights, masks["critic"])
-    ever = copy.deepcopy(masks)  # for the diagnostics: which weights have ever lived
+    # For the diagnostics: which weights have ever lived
+    ever = {net: {name: mask > 0 for name, mask in masks[net].items()} for net in masks}
 
     # Schedules count updates; a short run has its mask updates closer together, at least 50 of them
     n_updates = int((args.total_timesteps - args.learning_starts) * args.utd)
@@ -577,6 +577,9 @@ def main(args: Args) -> np.ndarray:
     run = Run(args, SCRIPT, global_step)
     run.text("sparsity", table)
 
+    def bool_masks() -> dict:
+        return {net: {name: mask.bool() for name, mask in masks[net].items()} for net in masks}
+
     def save_checkpoint() -> None:
         content = {
             "script": SCRIPT,
@@ -584,7 +587,7 @@ def main(args: Args) -> np.ndarray:
             "networks": {name: network.state_dict() for name, network in networks.items()},
             "log_alpha": log_alpha.detach(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            "masks": masks,
+            "masks": bool_masks(),
             "ever": ever,
             "kept": kept,
             "replay": replay.state_dict(),
@@ -614,29 +617,61 @@ def main(args: Args) -> np.ndarray:
     def to_device(observation: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(observation, dtype=torch.float32).to(device, non_blocking=True)
 
-    def optimizer_step(net: str) -> None:
-        """One step of the actor's or the critic's weights, and of their masks where it is due."""
-        if not masks[net]:
-            optimizers[net].step()
-            return
-        if args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval):
+    replay.cut()  # the environments begin a new episode, after a resume too
+    raw, _ = envs.reset(seed=args.seed + global_step)
+    observation = to_device(raw).clone()  # (num_envs, D), changed only in place
+
+    @torch.inference_mode()
+    def explore() -> torch.Tensor:  # (num_envs, A)
+        return actor(rsnorm(observation))[0]
+
+    def step_weights(net: str, mask_due: bool) -> None:
+        """One step of the actor's or the critics' weights, and a change of their masks if it is due."""
+        changes = args.method if mask_due and masks[net] else None
+        if changes == "gmp":
             for name, weight in weights[net].items():
                 sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[net][name])
                 kept[net][name] = kept_count(weight[0].numel(), 1 - sparsity)
             prune(weights[net], masks[net], kept[net])
-            apply_masks(target_weights, masks["critic"])
-        if args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval):
+        if changes in ("rigl", "set"):
             drop_fraction = cosine_drop_fraction(update, rewire_end, args.drop_fraction)
             rewire(weights[net], masks[net], kept[net], optimizers[net], drop_fraction, args.method)
-            apply_masks(target_weights, masks["critic"])
         else:  # a change of topology replaces the weight update
             optimizers[net].step()
         apply_masks(weights[net], masks[net])  # after every step: Adam's moments would revive what was pruned
 
+    def learn(mask_due: bool = False) -> tuple:
+        """One update, and a change of the masks if it is due; the latest losses and mean of Q(s, a)."""
+        batch = replay.sample(args.batch_size)  # raw observations: the statistics of today normalise them
+        batch = batch._replace(observation=rsnorm(batch.observation), next_observation=rsnorm(batch.next_observation))
+
+        policy_loss, entropy = actor_loss(actor, critic, batch.observation, log_alpha.detach().exp())
+        optimizers["actor"].zero_grad()
+        policy_loss.backward(inputs=list(actor.parameters()))  # the critic gets no gradient from it
+        step_weights("actor", mask_due)
+
+        alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
+        if args.algorithm == "sac":
+            optimizers["alpha"].zero_grad()
+            alpha_loss.backward()
+            optimizers["alpha"].step()
+
+        q_losses, q_values = critic_loss(actor, critic, target_critic, batch, log_alpha.detach().exp())
+        optimizers["critic"].zero_grad()
+        q_losses.sum().backward()
+        step_weights("critic", mask_due)
+
+        if mask_due:
+            apply_masks(target_weights, masks["critic"])
+        with torch.no_grad():  # zeros stay zeros: both networks have the same
+            torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+        return policy_loss.detach(), alpha_loss.detach(), q_losses.detach(), q_values
+
+    graphs = args.cuda_graph and device.type == replay.device.type == "cuda"
+    fast_learn, fast_explore = cuda_graph(learn, graphs), cuda_graph(explore, graphs)
+
     # The loop
     log_every = max(100, args.total_timesteps // 1_000)
-    replay.cut()  # the environments begin a new episode, after a resume too
-    raw, _ = envs.reset(seed=args.seed + global_step)
     resetting = np.zeros(args.num_envs, dtype=bool)
     losses = None
     while global_step < args.total_timesteps and not run.stopping:
@@ -645,50 +680,31 @@ def main(args: Args) -> np.ndarray:
         if global_step < args.learning_starts:
             action = rng.uniform(-1, 1, (args.num_envs, *actions.shape)).astype(np.float32)
         else:
-            action = act(actor, rsnorm(to_device(raw)))
+            action = fast_explore().cpu().numpy()
+
+        # The step after an end only resets its environment: it is no agent step
+        last_step, global_step = global_step, global_step + int((~resetting).sum())
+
+        # Before the step that they are due at: a GPU works on them while the environments play
+        while update < int((global_step - args.learning_starts) * args.utd):
+            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
+            rewire_due = args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval)
+            losses = learn(mask_due=True) if prune_due or rewire_due else fast_learn()
+            update += 1
 
         next_raw, reward, terminated, truncated, infos = envs.step(action)
         if not (np.isfinite(next_raw).all() and np.isfinite(reward).all()):
+            global_step = last_step
             save_checkpoint()
             run.close()
             where = f"at step {global_step + 1}; {run.folder}/checkpoint.pt holds the step before"
             fail(f"--env-id: {args.env_id} gave an observation or a reward that is not finite {where}")
-        end = terminated | truncated
-        replay.add(to_device(raw), action, reward, terminated, end, to_device(next_raw))
-        raw = next_raw
-
-        # The step after an end only resets its environment: it is no agent step
-        last_step, global_step = global_step, global_step + int((~resetting).sum())
-        resetting = end
+        end, next_observation = terminated | truncated, to_device(next_raw)
+        replay.add(observation, action, reward, terminated, end, next_observation)
+        raw, resetting = next_raw, end
+        observation.copy_(next_observation)
         for i in np.flatnonzero(end):
             run.episode(infos["episode"]["r"][i], infos["episode"]["l"][i], global_step)
-
-        while update < int((global_step - args.learning_starts) * args.utd):
-            batch = replay.sample(args.batch_size)  # raw observations: the statistics of today normalise them
-            batch = batch._replace(
-                observation=rsnorm(batch.observation), next_observation=rsnorm(batch.next_observation)
-            )
-
-            policy_loss, entropy = actor_loss(actor, critic, batch.observation, log_alpha.detach().exp())
-            optimizers["actor"].zero_grad()
-            policy_loss.backward(inputs=list(actor.parameters()))  # the critic gets no gradient from it
-            optimizer_step("actor")
-
-            alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
-            if args.algorithm == "sac":
-                optimizers["alpha"].zero_grad()
-                alpha_loss.backward()
-                optimizers["alpha"].step()
-
-            q_losses, q_values = critic_loss(actor, critic, target_critic, batch, log_alpha.detach().exp())
-            optimizers["critic"].zero_grad()
-            q_losses.sum().backward()
-            optimizer_step("critic")
-
-            with torch.no_grad():  # zeros stay zeros: both networks have the same
-                torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
-            losses = policy_loss, alpha_loss, q_losses, q_values
-            update += 1
 
         run.progress(global_step)
         if losses is not None and global_step // log_every > last_step // log_every:
@@ -722,14 +738,15 @@ def main(args: Args) -> np.ndarray:
         print(f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
         return np.array([])
     del networks["target_critic"]
-    model = {"networks": {name: network.state_dict() for name, network in networks.items()}, "masks": masks}
+    model = {"networks": {name: network.state_dict() for name, network in networks.items()}, "masks": bool_masks()}
     save_atomically({"script": SCRIPT, "args": asdict(args)} | model, run.folder / "model.pt")
     zeros = "" if args.method == "dense" else f" {goal['actor']:g} and {goal['critic']:g}"
     title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
     learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
 
+    @torch.inference_mode()
     def policy(observation: np.ndarray) -> np.ndarray:
-        return act(actor.greedy, rsnorm(to_device(observation)))
+        return actor.greedy(rsnorm(to_device(observation))).cpu().numpy()
 
     if args.capture_video:
         envs = make_video_env(args.env_id, str(run.folder / "videos"), action_repeat=repeat)

@@ -171,12 +171,12 @@ def test_value_agents_act_as_their_scripts_do(script, flags, tmp_path):
     save(tmp_path / "model.pt", module, args, {"q_network": network})
     observation = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     network.eval()
-    support = () if script == "dqn_sparse" else (None,)
-    if flags.get("loss") == "c51" or script == "rainbow_pruned":
-        support = (torch.linspace(args.v_min, args.v_max, args.n_atoms),)
-    x, rng = torch.from_numpy(observation), np.random.default_rng(0)
-    expected = module.epsilon_greedy(network, x, *support, 0.0, 2, rng)
-    assert 0 < expected.mean() < 1  # both actions are chosen
+    q = network(torch.from_numpy(observation)).detach()
+    if script != "dqn_sparse":
+        distributional = flags.get("loss") == "c51" or script == "rainbow_pruned"
+        q = module.q_values(q, torch.linspace(args.v_min, args.v_max, args.n_atoms) if distributional else None)
+    expected = q.argmax(1)
+    assert 0 < expected.float().mean() < 1  # both actions are chosen
     found = command.make_policy(load_model(tmp_path), 0.0, 0)(observation)
     assert found.tolist() == expected.tolist()
     assert len(play(tmp_path, episodes=2)[tmp_path]) == 2

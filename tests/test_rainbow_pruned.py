@@ -361,10 +361,10 @@ def test_noisy_agent_explores_by_noise_alone_and_is_evaluated_without(tmp_path, 
     epsilons, quiet = set(), []
     epsilon_greedy = rainbow.epsilon_greedy
 
-    def spy(q_network, observation, support, epsilon, *rest):
+    def spy(greedy, epsilon, *rest):
         epsilons.add(epsilon)
         before = torch.get_rng_state()
-        action = epsilon_greedy(q_network, observation, support, epsilon, *rest)
+        action = epsilon_greedy(greedy, epsilon, *rest)
         quiet.append(torch.equal(before, torch.get_rng_state()))
         return action
 

@@ -188,11 +188,11 @@ def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tenso
 def ever_active(ever: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
     """Adds the masks to `ever` and returns the share of weights that any of them has let live.
 
-    `ever` begins as {} or as a copy of the first masks.
-    This is the exploration rate of Liu et al. (2021), Do we actually need dense over-parameterization? ("ITOP").
+    `ever` begins as {}, or with what the first masks keep, as bool tensors. This is the exploration rate of Liu et al.
+    (2021), Do we actually need dense over-parameterization? ("ITOP").
     """
     for name, mask in masks.items():
-        ever[name] = ever[name] | mask if name in ever else mask.clone()
+        ever[name] = ever[name] | (mask > 0) if name in ever else mask > 0
     total = sum(mask.numel() for mask in ever.values())
     return sum(int(mask.sum()) for mask in ever.values()) / total if total else 1.0
 

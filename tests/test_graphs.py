@@ -1,0 +1,184 @@
+"""What a CUDA graph would do, on a CPU: the operations of one call are recorded with their tensors, and replayed."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cql_pruned
+import dqn_sparse
+import rainbow_pruned
+import sac_sparse
+from tests.conftest import CARTPOLE
+from utils import graphs
+
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero")
+
+
+class Recording(TorchDispatchMode):
+    """Records the operations that run inside it. `replay` runs them again on the very same tensors.
+
+    Whatever makes the host wait for a GPU cannot be recorded, as in a CUDA graph: numbers read from a tensor, results
+    whose shape depends on values, an index by a bool mask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put_", "index_put") else []
+        if name in SYNCS or any(i.dtype == torch.bool for i in indices):
+            raise RuntimeError(f"{name} makes the host wait")
+        result = function(*args, **kwargs)
+        first = result[0] if isinstance(result, tuple | list) and result else result
+        is_view = function.is_view and first.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        if not is_view:  # a view needs no replay
+            self.operations.append((function, args, kwargs, result))
+        return result
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for function, args, kwargs, recorded in self.operations:
+            result = function(*args, **kwargs)
+            new, old = (list(x) if isinstance(x, tuple | list) else [x] for x in (result, recorded))
+            for n, o in zip(new, old):
+                if isinstance(n, torch.Tensor) and n is not o and n.data_ptr() != o.data_ptr():
+                    o.copy_(n)  # at the address that the later operations read
+
+
+def recorded_on_cpu(function, enabled):
+    """`cuda_graph` as it is on a GPU, with Recording for a graph."""
+    recording, calls, result = Recording(), 0, None
+
+    def replayed():
+        nonlocal calls, result
+        calls += 1
+        if calls <= graphs.EAGER_CALLS:
+            return function()
+        if calls == graphs.EAGER_CALLS + 1:
+            with recording:  # on a CPU this call really runs: it is the first replay
+                result = function()
+            return result
+        recording.replay()
+        return result
+
+    return replayed
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        same(a[k], b[k]) if isinstance(a[k], dict) else torch.equal(a[k], b[k]) for k in a
+    )
+
+
+def trained(script, runs_dir: Path, flags: dict) -> dict:
+    script.main(script.Args(**flags | {"runs_dir": str(runs_dir)}))
+    (folder,) = runs_dir.iterdir()
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+# 400 updates, so that several lie between two changes of a mask
+DQN = CARTPOLE | {"replay_ratio": 1.0}
+SAC = {
+    "env_id": "Pendulum-v1",
+    "network": "mlp",
+    "total_timesteps": 300,
+    "learning_starts": 200,
+    "batch_size": 16,
+    "eval_episodes": 1,
+    "utd": 4.0,
+    "cuda": False,
+}
+ATARI = {"env_id": "ALE/Pong-v5", "network": "nature", "method": "random", "replay_ratio": 0.1, "batch_size": 4}
+RUNS = {
+    "dqn gmp": (dqn_sparse, DQN | {"method": "gmp", "n_step": 3, "num_envs": 2}),
+    "dqn rigl": (dqn_sparse, DQN | {"method": "rigl", "double": True}),
+    "dqn Atari": (dqn_sparse, CARTPOLE | ATARI),
+    "rainbow gmp": (rainbow_pruned, DQN | {"method": "gmp"}),
+    "rainbow noisy": (rainbow_pruned, CARTPOLE | {"method": "random", "noisy": True, "dueling": True}),
+    "sac gmp": (sac_sparse, SAC | {"method": "gmp", "num_envs": 2}),
+    "sac rigl": (sac_sparse, SAC | {"method": "rigl"}),
+    "ddpg simba": (sac_sparse, SAC | {"algorithm": "ddpg", "network": "simba", "method": "random", "utd": 0.5}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_replays_train_the_same_weights(run, tmp_path, monkeypatch):
+    script, flags = RUNS[run]
+    eager = trained(script, tmp_path / "eager", flags)
+    monkeypatch.setattr(script, "cuda_graph", recorded_on_cpu)
+    replayed = trained(script, tmp_path / "replayed", flags)
+    assert same(eager["networks"], replayed["networks"]) and same(eager["masks"], replayed["masks"])
+
+
+def test_replays_train_the_same_weights_offline(tmp_path, monkeypatch):
+    dqn_sparse.main(dqn_sparse.Args(**CARTPOLE | {"runs_dir": str(tmp_path), "save_dataset": str(tmp_path / "data")}))
+    flags = {"dataset": str(tmp_path / "data"), "network": "mlp", "total_updates": 400, "eval_episodes": 1}
+    flags |= {"eval_every": 50, "loss": "c51", "cuda": False, "method": "gmp"}
+    eager = trained(cql_pruned, tmp_path / "eager", flags)
+    monkeypatch.setattr(cql_pruned, "cuda_graph", recorded_on_cpu)
+    replayed = trained(cql_pruned, tmp_path / "replayed", flags)
+    assert same(eager["networks"], replayed["networks"]) and same(eager["masks"], replayed["masks"])
+
+
+class FakeGraph:
+    """Stands for torch.cuda.CUDAGraph: counts what is asked of it."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_the_fourth_call_records_and_each_later_one_replays(monkeypatch):
+    made, recorded = [], []
+
+    @contextlib.contextmanager
+    def recording(graph, stream):
+        recorded.append(graph)
+        yield
+
+    class FakeStream:
+        def wait_stream(self, other) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(FakeGraph()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    ran = []
+    call = graphs.cuda_graph(lambda: ran.append(None), enabled=True)
+    for number in range(1, 11):
+        call()
+        assert len(ran) == min(number, 4)  # eager, eager, eager, recorded
+        assert made[0].replays == max(0, number - 3)
+    assert recorded == made
+
+
+def test_without_a_gpu_the_function_is_itself():
+    def function():
+        return 1
+
+    assert graphs.cuda_graph(function, enabled=False) is function
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("run", RUNS)
+def test_on_a_gpu_graphs_train_the_same_weights(run, tmp_path):
+    script, flags = RUNS[run]
+    flags = flags | {"cuda": True, "tf32": False}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        eager, replayed = (
+            trained(script, tmp_path / str(on), flags | {"cuda_graph": on})["networks"] for on in (False, True)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, network in eager.items():
+        for key, weight in network.items():
+            torch.testing.assert_close(replayed[name][key], weight, rtol=1e-3, atol=1e-4)

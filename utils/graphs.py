@@ -1,0 +1,45 @@
+"""Replaying a fixed piece of GPU work as one CUDA graph: hundreds of kernel launches become one."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+EAGER_CALLS = 3  # before the recording: libraries, autograd and the optimiser make what they need at their first calls
+
+
+def cuda_graph(function: Callable[[], Result], enabled: bool) -> Callable[[], Result]:
+    """`function`, recorded at its fourth call and replayed from then on; `function` itself unless `enabled`.
+
+    A replay runs the same kernels on the same memory, with new random numbers, and none of the Python. So `function`
+    must take everything that changes from one call to the next from tensors on the GPU that are changed in place (its
+    masks, the replay's position, the observation to act on), must keep its shapes, and must never make the host wait.
+
+    Returns:
+        A function that returns what `function` does. After the recording these are always the same tensors: the next
+        replay overwrites them.
+
+    The recipe is that of PyTorch's notes on CUDA graphs, "Whole-network capture".
+    """
+    if not enabled:
+        return function
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    calls, result = 0, None
+
+    def replayed() -> Result:
+        nonlocal calls, result
+        calls += 1
+        if calls <= EAGER_CALLS:  # on a side stream, as the recording will be
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                eager_result = function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return eager_result
+        if calls == EAGER_CALLS + 1:
+            with torch.cuda.graph(graph, stream=stream):  # records, and runs nothing
+                result = function()
+        graph.replay()
+        return result
+
+    return replayed
