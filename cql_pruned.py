@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.diagnostics import interference, report, target_variance
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.graphs import cuda_graph
@@ -100,6 +101,8 @@ class Args:
     """share of random actions in them"""
     capture_video: bool = False
     """record the final episodes as MP4"""
+    diagnostics_every: int = 0
+    """updates between looks at dormant units, ranks, norms and interference; 0 is never"""
 
     # Data
     data_fraction: float = 0.05
@@ -509,6 +512,18 @@ def main(args: Args) -> np.ndarray:
         }
         save_atomically(content, run.folder / "checkpoint.pt")
 
+    @torch.no_grad()
+    def look() -> dict[str, float]:
+        """The diagnostics, on a sample of the dataset."""
+        batch = replay.sample(256)
+        next_value = q_values(target_network(batch.next_observation), support).amax(1)
+        return report(q_network, batch.observation, masks=masks) | {
+            "diagnostics/target_variance": target_variance(batch.reward, batch.discount, next_value),
+            "diagnostics/gradient_cosine": interference(
+                q_network, lambda q, *one: loss_terms(q, target_network, Batch(*one), support, args)[0], batch
+            ),
+        }
+
     @torch.inference_mode()
     def greedy_action(observation: np.ndarray) -> torch.Tensor:  # (num_envs, ...) -> (num_envs,)
         observation = torch.as_tensor(observation, dtype=replay.frames.dtype).to(device, non_blocking=True)
@@ -566,6 +581,9 @@ def main(args: Args) -> np.ndarray:
             charts = {"charts/updates_per_second": run.steps_per_second(update)}
             run.scalars(losses | charts | sparsity, update)
             run.progress(update, loss=td, sparsity=sparsity["sparsity/global"])
+        if args.diagnostics_every and update % args.diagnostics_every == 0:
+            with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
+                run.scalars(look(), update)
         if update % args.eval_every == 0 and update < args.total_updates:
             play(eval_envs())
         if args.checkpoint_every and update % args.checkpoint_every == 0:

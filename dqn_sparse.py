@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.dataset import DatasetWriter
-from utils.diagnostics import report
+from utils.diagnostics import ever_active, interference, report, target_variance
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.graphs import cuda_graph
@@ -98,7 +98,7 @@ class Args:
     capture_video: bool = False
     """record these episodes as MP4"""
     diagnostics_every: int = 0
-    """agent steps between looks at dormant units, rank and norms of the network; 0 is never"""
+    """agent steps between looks at dormant units, ranks, norms and interference; 0 is never"""
 
     # Algorithm (Dopamine's dqn.gin)
     total_timesteps: int = 10_000_000
@@ -392,6 +392,7 @@ def main(args: Args) -> np.ndarray:
             masks[name] = torch.zeros_like(weight).copy_(random_mask(shapes[name], kept[name], generator))
     apply_masks(weights, masks)
     apply_masks(target_weights, masks)
+    ever = {name: mask > 0 for name, mask in masks.items()}  # for the diagnostics: which weights have ever lived
 
     # Schedules count updates; a short run has its mask updates closer together, at least 50 of them
     n_updates = int((args.total_timesteps - args.learning_starts) * args.replay_ratio)
@@ -421,6 +422,7 @@ def main(args: Args) -> np.ndarray:
             fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")
         for name in masks:
             masks[name].copy_(saved["masks"][name])
+            ever[name].copy_(saved["ever"][name])
         kept, global_step, update = saved["kept"], saved["global_step"], saved["update"]
         set_rng_state(saved["rng"], rng)
 
@@ -451,6 +453,7 @@ def main(args: Args) -> np.ndarray:
             "networks": {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()},
             "optimizer": optimizer.state_dict(),
             "masks": {name: mask.bool() for name, mask in masks.items()},
+            "ever": ever,
             "kept": kept,
             "replay": replay.state_dict(),
             "global_step": global_step,
@@ -458,6 +461,19 @@ def main(args: Args) -> np.ndarray:
             "rng": rng_state(rng),
         }
         save_atomically(content, run.folder / "checkpoint.pt")
+
+    @torch.no_grad()
+    def look() -> dict[str, float]:
+        """The diagnostics, on a sample of the replay."""
+        batch = replay.sample(256)
+        next_value = target_network(batch.next_observation).amax(1)
+        return report(q_network, batch.observation, masks=masks) | {
+            "diagnostics/ever_active": ever_active(ever, masks),
+            "diagnostics/target_variance": target_variance(batch.reward, batch.discount, next_value),
+            "diagnostics/gradient_cosine": interference(
+                q_network, lambda q, *one: td_loss(q, target_network, Batch(*one), args.double)[0], batch
+            ),
+        }
 
     def to_device(observation: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(observation, dtype=replay.frames.dtype).to(device, non_blocking=True)
@@ -547,7 +563,7 @@ def main(args: Args) -> np.ndarray:
         look_every = args.diagnostics_every
         if look_every and update and global_step // look_every > last_step // look_every:
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
-                run.scalars(report(q_network, replay.sample(256).observation, masks), global_step)
+                run.scalars(look(), global_step)
         if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
             save_checkpoint()
 

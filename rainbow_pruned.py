@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.dataset import DatasetWriter
-from utils.diagnostics import report
+from utils.diagnostics import interference, report, target_variance
 from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.graphs import cuda_graph
@@ -100,7 +100,7 @@ class Args:
     capture_video: bool = False
     """record these episodes as MP4"""
     diagnostics_every: int = 0
-    """agent steps between looks at dormant units, rank and norms of the network; 0 is never"""
+    """agent steps between looks at dormant units, ranks, norms and interference; 0 is never"""
 
     # Algorithm (Dopamine's rainbow.gin)
     total_timesteps: int = 10_000_000
@@ -541,6 +541,19 @@ def main(args: Args) -> np.ndarray:
         }
         save_atomically(content, run.folder / "checkpoint.pt")
 
+    @torch.no_grad()
+    def look() -> dict[str, float]:
+        """The diagnostics, on a sample of the replay."""
+        batch = replay.sample(256)
+        online, target = (copy.deepcopy(network).eval() for network in (q_network, target_network))  # no noise
+        next_value = q_values(target(batch.next_observation), support).amax(1)
+        return report(online, batch.observation, masks=masks) | {
+            "diagnostics/target_variance": target_variance(batch.reward, batch.discount, next_value),
+            "diagnostics/gradient_cosine": interference(
+                online, lambda q, *one: td_loss(q, target, Batch(*one), support, args.double)[0].sum(), batch
+            ),
+        }
+
     def to_device(observation: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(observation, dtype=replay.frames.dtype).to(device, non_blocking=True)
 
@@ -629,7 +642,7 @@ def main(args: Args) -> np.ndarray:
         look_every = args.diagnostics_every
         if look_every and update and global_step // look_every > last_step // look_every:
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
-                run.scalars(report(q_network, replay.sample(256).observation, masks), global_step)
+                run.scalars(look(), global_step)
         if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
             save_checkpoint()
 

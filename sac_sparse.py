@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.diagnostics import ever_active, interference, report
 from utils.envs import cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.graphs import cuda_graph
@@ -91,6 +92,8 @@ class Args:
     """episodes played with the final network, without noise"""
     capture_video: bool = False
     """record these episodes as MP4"""
+    diagnostics_every: int = 0
+    """agent steps between looks at dormant units, ranks, norms and interference; 0 is never"""
 
     # Algorithm (SimBa's)
     total_timesteps: int = 500_000
@@ -516,6 +519,8 @@ def main(args: Args) -> np.ndarray:
         apply_masks(weights[net], masks[net])
     target_weights = prunable(target_critic)
     apply_masks(target_weights, masks["critic"])
+    # For the diagnostics: which weights have ever lived
+    ever = {net: {name: mask > 0 for name, mask in masks[net].items()} for net in masks}
 
     # Schedules count updates; a short run has its mask updates closer together, at least 50 of them
     n_updates = int((args.total_timesteps - args.learning_starts) * args.utd)
@@ -548,6 +553,7 @@ def main(args: Args) -> np.ndarray:
         for net in masks:
             for name in masks[net]:
                 masks[net][name].copy_(saved["masks"][net][name])
+                ever[net][name].copy_(saved["ever"][net][name])
         log_alpha.data.copy_(saved["log_alpha"])
         kept, global_step, update = saved["kept"], saved["global_step"], saved["update"]
         set_rng_state(saved["rng"], rng)
@@ -582,6 +588,7 @@ def main(args: Args) -> np.ndarray:
             "log_alpha": log_alpha.detach(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "masks": bool_masks(),
+            "ever": ever,
             "kept": kept,
             "replay": replay.state_dict(),
             "global_step": global_step,
@@ -589,6 +596,23 @@ def main(args: Args) -> np.ndarray:
             "rng": rng_state(rng),
         }
         save_atomically(content, run.folder / "checkpoint.pt")
+
+    @torch.no_grad()
+    def look() -> dict[str, float]:
+        """The diagnostics of both networks, on a sample of the replay."""
+        batch, alpha = replay.sample(256), log_alpha.detach().exp()
+        batch = batch._replace(observation=rsnorm(batch.observation), next_observation=rsnorm(batch.next_observation))
+        scalars = report(actor, batch.observation, masks=masks["actor"], prefix="diagnostics/actor")
+        scalars |= report(critic, batch.observation, batch.action, masks=masks["critic"], prefix="diagnostics/critic")
+        scalars |= {f"diagnostics/{net}/ever_active": ever_active(ever[net], masks[net]) for net in masks}
+        return scalars | {
+            "diagnostics/actor/gradient_cosine": interference(
+                actor, lambda a, observation: actor_loss(a, critic, observation, alpha)[0], [batch.observation]
+            ),
+            "diagnostics/critic/gradient_cosine": interference(
+                critic, lambda q, *one: critic_loss(actor, q, target_critic, Batch(*one), alpha)[0].sum(), batch
+            ),
+        }
 
     def to_device(observation: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(observation, dtype=torch.float32).to(device, non_blocking=True)
@@ -699,6 +723,10 @@ def main(args: Args) -> np.ndarray:
             scalars["charts/SPS"] = run.steps_per_second(global_step)
             run.scalars(scalars, global_step)
             run.progress(global_step, loss=scalars["losses/qf_loss"], sparsity=scalars["sparsity/global"])
+        look_every = args.diagnostics_every
+        if look_every and update and global_step // look_every > last_step // look_every:
+            with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
+                run.scalars(look(), global_step)
         if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
             save_checkpoint()
 

@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from gymnasium.spaces import Box
 from torch import nn
 
+import cql_pruned
 import dqn_sparse
+import rainbow_pruned
+import sac_sparse
 from utils.diagnostics import (
     dormant_ratios,
     ever_active,
     feature_norm,
     gradient_cosines,
     has_inputs,
+    interference,
     relu_activations,
     report,
     srank,
@@ -94,9 +98,55 @@ def test_activations_of_a_resnet():
     assert set(found) == {*blocks, "convs.0", "convs.1", "convs.2", "dense"} - {"blocks.0.1.conv2", "blocks.1.1.conv2"}
     assert found["convs.0"].shape == (2, 16, 42, 42) and found["dense"].shape == (2, 512)
     masks = {"dense.weight": torch.zeros(512, 3872, dtype=torch.bool), "convs.1.weight": torch.zeros(32, 16, 3, 3) > 0}
-    scalars = report(network, x, masks)
+    scalars = report(network, x, masks=masks)
     assert scalars["diagnostics/dense/unconnected"] == 1
     assert scalars["diagnostics/convs.1/unconnected"] == 0  # its ReLU is after a pooling: not looked through
+
+
+def test_twin_critics_are_two_networks_side_by_side():
+    """The same as of each critic alone: units in one layer, ranks and norms as means."""
+    torch.manual_seed(0)
+    args = sac_sparse.Args(network="mlp", num_critics=2)
+    critic = sac_sparse.make_networks(args, 3, 1)[1]
+    with torch.no_grad():
+        critic.encoder[0].bias[:300] = -100  # all of the first critic's units, and 44 of the second's
+    observation, action = torch.randn(32, 3), torch.randn(32, 1)
+    mask = torch.ones(2, 4, 256, dtype=torch.bool)
+    mask[1, :, 250:] = False
+    assert has_inputs(mask).tolist() == [True] * 506 + [False] * 6
+    x = torch.cat([observation, action], 1)
+    first = [F.relu(x @ critic.encoder[0].weight[i] + critic.encoder[0].bias.view(2, -1)[i]) for i in range(2)]
+    found = relu_activations(critic, observation, action)
+    assert list(found) == ["encoder.0", "encoder.2"]
+    torch.testing.assert_close(found["encoder.0"], torch.cat(first, 1), atol=1e-5, rtol=1e-5)
+
+    masks = {"encoder.0.weight": mask}
+    scalars = report(critic, observation, action, masks=masks, prefix="diagnostics/critic")
+    assert scalars["diagnostics/critic/encoder.0/unconnected"] == pytest.approx(6 / 512)
+    assert scalars["diagnostics/critic/encoder.0/dormant_0"] == pytest.approx(300 / 506)
+    features = critic.encoder(x.expand(2, -1, -1))
+    assert scalars["diagnostics/critic/srank"] == (srank(features[0]) + srank(features[1])) / 2
+    assert scalars["diagnostics/critic/feature_norm"] == pytest.approx(features.norm(dim=2).mean().item(), rel=1e-5)
+
+
+def test_the_last_features_of_simba_are_what_its_encoder_gives():
+    torch.manual_seed(0)
+    actor = sac_sparse.make_networks(sac_sparse.Args(num_critics=1), 3, 1)[0]
+    x = torch.randn(40, 3)
+    scalars = report(actor, x, masks={})
+    assert list(relu_activations(actor, x)) == ["encoder.1.expand"]
+    assert scalars["diagnostics/feature_norm"] == pytest.approx(128**0.5, rel=1e-3)  # they come from a LayerNorm
+    assert scalars["diagnostics/srank"] == srank(actor.encoder(x[None])[0])
+
+
+def test_a_noisy_unit_has_inputs_if_its_mean_or_its_noise_has():
+    args = rainbow_pruned.Args(network="mlp", noisy=True)
+    network = rainbow_pruned.make_network(args, Box(-1, 1, (4,)), 2)
+    masks = {f"dense2.weight_{part}": torch.zeros(512, 512, dtype=torch.bool) for part in ("mu", "sigma")}
+    masks["dense2.weight_mu"][:100, 0] = masks["dense2.weight_sigma"][50:128, 7] = True
+    scalars = report(network, torch.randn(8, 4), masks=masks)
+    assert scalars["diagnostics/dense2/unconnected"] == 0.75
+    assert scalars["diagnostics/dense1/unconnected"] == 0  # without a mask
 
 
 def matrix(values, rows=40, columns=30):
@@ -154,6 +204,14 @@ def test_cosines_of_constructed_gradients(chunk):
     torch.testing.assert_close(found, expected)
 
 
+def test_interference_is_the_mean_over_pairs():
+    layer = nn.Linear(2, 1, bias=False)
+    x = torch.tensor([[1.0, 0.0], [0.0, 5.0], [-3.0, 0.0], [1.0, 1.0]])
+    loss = lambda forward, x: forward(x).sum()  # noqa: E731
+    assert interference(layer, loss, [x], samples=3) == pytest.approx(-1 / 3)  # 0, 0 and -1
+    assert interference(layer, loss, [x[:1].expand(16, 2)]) == pytest.approx(1)
+
+
 def test_cosines_of_the_agents_loss_against_one_backward_a_sample():
     torch.manual_seed(2)
     args = dqn_sparse.Args(network="nature")
@@ -193,6 +251,7 @@ def test_a_run_logs_them_and_learns_the_same(train):
     scalars = read_scalars(looked)
     assert scalars["diagnostics/srank"][:, 0].tolist() == [200, 300, 400, 500]
     expected = {f"diagnostics/{name}" for name in ("srank", "stable_rank", "feature_norm", "weight_norm")}
+    expected |= {f"diagnostics/{name}" for name in ("ever_active", "target_variance", "gradient_cosine")}
     kinds = ("dormant_0", "dormant_0.025", "dormant_0.1", "unconnected")
     expected |= {f"diagnostics/{layer}/{kind}" for layer in ("dense1", "dense2") for kind in kinds}
     assert {tag for tag in scalars if tag.startswith("diagnostics/")} == expected
@@ -200,3 +259,50 @@ def test_a_run_logs_them_and_learns_the_same(train):
     first, second = (torch.load(folder / "model.pt")["networks"]["q_network"] for folder in (looked, plain))
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
+
+
+def test_a_resumed_run_remembers_which_weights_were_active(train, stop_at):
+    """The share of a SET run never falls, and goes on from where it was."""
+    flags = {"method": "set", "sparsity": 0.9, "diagnostics_every": 50, "drop_fraction": 1.0}
+    whole = read_scalars(train(**flags))["diagnostics/ever_active"]
+    stop_at(300)
+    stopped = train(**flags)
+    stop_at(None)
+    train(resume=str(stopped / "checkpoint.pt"), **flags)
+    resumed = read_scalars(stopped)["diagnostics/ever_active"]
+    assert 0.1 < whole[0, 1] < whole[-1, 1] < 1 and (np.diff(whole[:, 1]) >= 0).all()
+    assert np.array_equal(resumed[:, 0], whole[:, 0]) and (np.diff(resumed[:, 1]) >= 0).all()
+
+
+def runs_of(script, tmp_path, name, **flags):
+    """The scalars and the networks that a run leaves."""
+    script.main(script.Args(runs_dir=str(tmp_path / name), cuda=False, eval_episodes=1, **flags))
+    (folder,) = (tmp_path / name).glob("*")
+    return read_scalars(folder), torch.load(folder / "model.pt")["networks"]
+
+
+@pytest.mark.parametrize("script", [rainbow_pruned, sac_sparse, cql_pruned], ids=lambda script: script.SCRIPT)
+def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
+    steps = {"total_timesteps": 300, "learning_starts": 100}
+    flags = {
+        rainbow_pruned: rainbow_pruned.CLASSIC_CONTROL | steps | {"env_id": "CartPole-v1", "noisy": True},
+        sac_sparse: sac_sparse.PENDULUM | steps | {"env_id": "Pendulum-v1", "method": "rigl", "num_critics": 2},
+        cql_pruned: cql_pruned.CLASSIC_CONTROL | {"dataset": str(tmp_path / "data"), "total_updates": 300},
+    }[script]
+    if script is cql_pruned:
+        train(save_dataset=flags["dataset"])
+    flags.pop("eval_episodes", None)
+    looked, networks = runs_of(script, tmp_path, "looked", diagnostics_every=100, **flags)
+    plain, same_networks = runs_of(script, tmp_path, "plain", **flags)
+    for net, state in networks.items():
+        for name, value in state.items():
+            assert torch.equal(value, same_networks[net][name]), (net, name)
+    assert not any(tag.startswith("diagnostics/") for tag in plain)
+    both = ("srank", "gradient_cosine", "encoder.2/dormant_0.1", "ever_active")
+    expected = {
+        rainbow_pruned: {"srank", "dense2/unconnected", "gradient_cosine", "target_variance"},
+        sac_sparse: {f"{net}/{name}" for net in ("actor", "critic") for name in both},
+        cql_pruned: {"srank", "dense2/unconnected", "gradient_cosine", "target_variance"},
+    }[script]
+    for tag in expected:
+        assert looked[f"diagnostics/{tag}"][-1, 0] == 300, tag

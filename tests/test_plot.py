@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from docs import methods_figure
 from utils import plot
 from utils.results import find_runs, group_runs, read_run, read_scalars, training_seconds
 
@@ -179,3 +180,31 @@ def test_the_curve_of_one_run(drawn, tmp_path):
     dots, mean = drawn[0][1].axes[0].get_lines()
     assert dots.get_ydata().tolist() == list(range(1, 41))
     assert mean.get_label() == "mean of 2 episodes" and mean.get_ydata().tolist() == [i + 0.5 for i in range(1, 40)]
+
+
+def test_states_of_weights_over_time():
+    alive = np.array([[1, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1]], dtype=bool)  # time downwards
+    names = list(methods_figure.STATES)
+    never, removed, start, grown = range(4)
+    assert names == ["never alive", "removed", "alive from the start", "grown later"]
+    assert methods_figure.states(alive).T.tolist() == [
+        [start, start, start],
+        [start, removed, removed],
+        [never, never, never],
+        [never, grown, removed],
+        [start, removed, grown],
+    ]
+
+
+def test_figure_of_the_methods_holds_the_masks():
+    size = 512 * 512
+    masks = [np.arange(size) % 4 == 0, np.arange(size) % 4 <= 1, np.arange(size) % 4 == 2]
+    figure, axes = plt.subplots(2)
+    methods_figure.draw(axes, np.array([10, 20, 30]), masks, "title")
+    now, so_far = axes[1].lines
+    assert now.get_ydata().tolist() == [25, 50, 25] and so_far.get_ydata().tolist() == [25, 50, 75]
+    picture = axes[0].images[0].get_array()  # a row for each weight
+    assert picture.shape == (methods_figure.WEIGHTS, 3)
+    rows = {tuple(row) for row in picture.tolist()}
+    assert rows == {(2, 2, 1), (0, 3, 1), (0, 0, 3), (0, 0, 0)}
+    plt.close(figure)

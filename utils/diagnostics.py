@@ -20,7 +20,8 @@ class _Relus(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.output = "input", None
+        self.layer, self.output, self.stacked = "input", None, False
+        self.encoded: torch.Tensor | None = None
         self.found: dict[str, torch.Tensor] = {}
         self.direct: set[str] = set()
 
@@ -28,7 +29,8 @@ class _Relus(TorchFunctionMode):
         is_direct = bool(args) and args[0] is self.output
         output = function(*args, **(kwargs or {}))
         if function in (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_):
-            self.found[self.layer] = output.clone()
+            kept = output.clone()  # what follows may change it in place
+            self.found[self.layer] = kept.transpose(0, 1).flatten(1) if self.stacked else kept
             self.direct |= {self.layer} if is_direct else set()
         return output
 
@@ -37,12 +39,15 @@ class _Relus(TorchFunctionMode):
 def _record(network: nn.Module, *inputs: torch.Tensor) -> _Relus:
     relus, hooks = _Relus(), []
 
-    def remember(name: str, output: torch.Tensor) -> None:
+    def remember(name: str, module: nn.Module, output: torch.Tensor) -> None:
         relus.layer, relus.output = name, output
+        relus.stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
 
     for name, module in network.named_modules():
         if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
-            hooks.append(module.register_forward_hook(lambda _, __, output, name=name: remember(name, output)))
+            hooks.append(module.register_forward_hook(lambda m, __, output, name=name: remember(name, m, output)))
+        if name == "encoder":
+            hooks.append(module.register_forward_hook(lambda _, __, output: setattr(relus, "encoded", output)))
     try:
         with relus:
             network(*inputs)
@@ -56,7 +61,8 @@ def relu_activations(network: nn.Module, *inputs: torch.Tensor) -> dict[str, tor
     """The output of every ReLU in `network(*inputs)`, by the name of the layer before it.
 
     A layer is a module with a parameter of two or more dimensions. In a ResNet the ReLU before a block is under the
-    name of the layer that last added to its input. A ReLU on the network's input is called "input".
+    name of the layer that last added to its input. A ReLU on the network's input is called "input". A weight of shape
+    (n, inputs, outputs), as in sac_sparse.py, is that of n layers side by side: n x outputs units.
 
     Returns:
         Tensors (B, units) or (B, channels, height, width), in the order of the forward pass.
@@ -78,8 +84,12 @@ def unit_scores(activation: torch.Tensor) -> torch.Tensor:
 
 
 def has_inputs(mask: torch.Tensor) -> torch.Tensor:
-    """Which units (units,) of a layer have an incoming weight; `mask` is that of an nn.Linear or nn.Conv2d."""
-    return mask.flatten(1).any(1)
+    """Which units (units,) of a layer have an incoming weight.
+
+    Args:
+        mask: of an nn.Linear or nn.Conv2d, or (n, inputs, outputs) of n layers side by side.
+    """
+    return mask.any(1).flatten() if mask.ndim == 3 else mask.flatten(1).any(1)
 
 
 def dormant_ratios(activation: torch.Tensor, connected: torch.Tensor | None = None) -> dict[str, float]:
@@ -125,21 +135,23 @@ def weight_norms(network: nn.Module) -> dict[str, float]:
     return norms | {"total": math.sqrt(sum(norm**2 for norm in norms.values()))}
 
 
-def gradient_cosines(network: nn.Module, loss: Callable, batch: Sequence[torch.Tensor], chunk: int = 8) -> torch.Tensor:
+def gradient_cosines(
+    network: nn.Module, loss: Callable, batch: Sequence[torch.Tensor], chunk: int = 16
+) -> torch.Tensor:
     """Cosines of the angles between the gradients of single samples (Lyle et al. 2023): far from 0 off the diagonal is
     interference.
 
     Memory is bounded by 2 x `chunk` gradients of the whole network; they are computed anew for each pair of chunks.
 
     Args:
-        network: without randomness in its forward pass.
         loss: `loss(forward, *sample)` to a scalar, where `forward` stands for the network, and `sample` for the parts
             of `batch` with a batch dimension of 1.
         batch: tensors (B, ...).
         chunk: samples whose gradients are held at once.
 
     Returns:
-        (B, B), symmetric, 1 on the diagonal; 0 where a gradient is 0.
+        (B, B), symmetric, 1 on the diagonal; 0 where a gradient is 0. Each sample has random numbers of its own where
+        the loss draws any; put noisy layers into evaluation mode.
     """
     parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     buffers = dict(network.named_buffers())
@@ -148,29 +160,39 @@ def gradient_cosines(network: nn.Module, loss: Callable, batch: Sequence[torch.T
         forward = lambda *inputs: functional_call(network, (parameters, buffers), inputs)  # noqa: E731
         return loss(forward, *(part[None] for part in sample))
 
-    def gradients(first: int) -> torch.Tensor:  # (samples of the chunk, parameters), each row of length 1
+    def gradients(first: int) -> list[torch.Tensor]:  # (samples of the chunk, size) of each parameter
         part = [tensor[first : first + chunk] for tensor in batch]
-        found = vmap(grad(sample_loss), in_dims=(None, *[0] * len(part)))(parameters, *part)
-        return F.normalize(torch.cat([gradient.flatten(1) for gradient in found.values()], 1))
+        found = vmap(grad(sample_loss), in_dims=(None, *[0] * len(part)), randomness="different")(parameters, *part)
+        return [gradient.flatten(1) for gradient in found.values()]
 
     firsts = range(0, len(batch[0]), chunk)
-    cosines = torch.zeros(len(batch[0]), len(batch[0]))
+    products = torch.zeros(len(batch[0]), len(batch[0]))
     for i in firsts:
         rows = gradients(i)
         for j in range(i, len(batch[0]), chunk):
-            block = (rows @ (rows if i == j else gradients(j)).T).cpu()
-            cosines[i : i + chunk, j : j + chunk] = block
-            cosines[j : j + chunk, i : i + chunk] = block.T
-    return cosines
+            columns = rows if i == j else gradients(j)
+            block = sum(row @ column.T for row, column in zip(rows, columns)).cpu()
+            products[i : i + chunk, j : j + chunk] = block
+            products[j : j + chunk, i : i + chunk] = block.T
+    norm = products.diagonal().sqrt().clamp(min=1e-20)  # a gradient of 0 has cosines of 0
+    return products / norm[:, None] / norm
+
+
+def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tensor], samples: int = 16) -> float:
+    """Mean cosine between the gradients of two samples, over all pairs of the first `samples` of `batch`: one number
+    for `gradient_cosines`, which has the arguments. It holds that many gradients of the network."""
+    cosines = gradient_cosines(network, loss, [part[:samples] for part in batch], chunk=samples)
+    return ((cosines.sum() - cosines.trace()) / (cosines.numel() - len(cosines))).item()
 
 
 def ever_active(ever: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
-    """Adds the masks to `ever`, which begins as {}, and returns the share of weights that some mask has let live.
+    """Adds the masks to `ever` and returns the share of weights that any of them has let live.
 
-    The exploration rate of Liu et al. (2021), Do we actually need dense over-parameterization? ("ITOP").
+    `ever` begins as {}, or with what the first masks keep, as bool tensors. This is the exploration rate of Liu et al.
+    (2021), Do we actually need dense over-parameterization? ("ITOP").
     """
     for name, mask in masks.items():
-        ever[name] = ever[name] | mask if name in ever else mask.clone()
+        ever[name] = ever[name] | (mask > 0) if name in ever else mask > 0
     total = sum(mask.numel() for mask in ever.values())
     return sum(int(mask.sum()) for mask in ever.values()) / total if total else 1.0
 
@@ -180,21 +202,29 @@ def target_variance(reward: torch.Tensor, discount: torch.Tensor, next_value: to
     return (reward + discount * next_value).var(correction=0).item()
 
 
-def report(network: nn.Module, observation: torch.Tensor, masks: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars to log of a value network: each layer's dormancy, rank and norm of the last features, weight norm.
+def report(
+    network: nn.Module, *inputs: torch.Tensor, masks: dict[str, torch.Tensor], prefix: str = "diagnostics"
+) -> dict[str, float]:
+    """Scalars to log of a network: each layer's dormancy, rank and norm of the last features, weight norm.
+
+    The last features are what the module `encoder` gives, where the network has one, else the output of the last ReLU;
+    of n networks side by side their figures are means over the n.
 
     Args:
-        observation: (B, ...), a sample of the replay that is larger than a mini-batch; 256 in the papers' code.
+        inputs: tensors (B, ...), a sample of the replay that is larger than a mini-batch; 256 in the papers' code.
         masks: those of the network's weights by their names; may be empty. Units are looked through for a missing input
             only where the ReLU takes just its layer's output, not where a residual connection adds to it.
+        prefix: of the tags.
     """
-    relus = _record(network, observation)
+    relus = _record(network, *inputs)
     scalars = {}
     for layer, activation in relus.found.items():
-        mask = masks.get(f"{layer}.weight") if layer in relus.direct else None
-        for name, value in dormant_ratios(activation, None if mask is None else has_inputs(mask)).items():
-            scalars[f"diagnostics/{layer}/{name}"] = value
-    features = list(relus.found.values())[-1]
-    scalars |= {"diagnostics/srank": srank(features), "diagnostics/stable_rank": stable_rank(features)}
-    scalars |= {"diagnostics/feature_norm": feature_norm(features)}
-    return scalars | {"diagnostics/weight_norm": weight_norms(network)["total"]}
+        # a noisy layer has two: a unit has an input if either leaves it one
+        own = [has_inputs(mask) for name, mask in masks.items() if name.rpartition(".")[0] == layer]
+        connected = torch.stack(own).any(0) if own and layer in relus.direct else None
+        for name, value in dormant_ratios(activation, connected).items():
+            scalars[f"{prefix}/{layer}/{name}"] = value
+    features = list(relus.found.values())[-1][None] if relus.encoded is None else relus.encoded  # (n, B, units)
+    for name, function in (("srank", srank), ("stable_rank", stable_rank), ("feature_norm", feature_norm)):
+        scalars[f"{prefix}/{name}"] = sum(map(function, features)) / len(features)
+    return scalars | {f"{prefix}/weight_norm": weight_norms(network)["total"]}

@@ -129,8 +129,10 @@ def training_seconds(folder: Path) -> float:
     """Time from the first to the last record of a run's logs, its final evaluation included; of all its processes."""
     seconds = 0.0
     for path in folder.glob("events.out.tfevents.*"):
-        times = [Event.FromString(record).wall_time for record in records(path)]
-        seconds += times[-1] - times[0] if times else 0.0
+        stored = list(records(path))
+        if stored:  # there is no need to parse the others
+            first, last = (Event.FromString(stored[place]).wall_time for place in (0, -1))
+            seconds += last - first
     return seconds
 
 
@@ -256,6 +258,5 @@ def mean_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def improvement(scores: Sequence[np.ndarray], over: Sequence[np.ndarray]) -> Estimate:
-    """Probability that a run of `scores` beats one of `over`, both one array (runs,) for each task, and its 95 %
-    interval."""
+    """Probability that a run of `scores` beats one of `over`, each one array (runs,) a task, with its 95 % interval."""
     return bootstrap(probability_of_improvement, scores, over)

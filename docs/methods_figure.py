@@ -1,0 +1,91 @@
+"""What random masks, gradual magnitude pruning and RigL do to the weights while DQN learns CartPole: docs/methods.png.
+
+    python -m docs.methods_figure
+
+Trains three agents with dqn_sparse.py, half a minute each, and takes the masks from their checkpoints.
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+import dqn_sparse
+
+METHODS = {
+    "random": "Random mask\ndrawn once, never changes",
+    "gmp": "Gradual magnitude pruning\nthe smallest weights go, for good",
+    "rigl": "RigL\nthe smallest give way to new ones",
+}
+EVERY, LAYER, WEIGHTS = 100, "dense2.weight", 100
+STATES = {"never alive": "#FFFFFF", "removed": "#D9D9D9", "alive from the start": "#0072B2", "grown later": "#E69F00"}
+
+
+def masks_over_time(method: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Agent steps (n,), and at each of them all masks of a run of `method`, flat, with those of LAYER first."""
+    steps, masks = [], []
+
+    def keep(content: dict, path: Path) -> None:
+        if path.name == "checkpoint.pt":
+            layers = sorted(content["masks"], key=lambda name: name != LAYER)
+            masks.append(torch.cat([content["masks"][name].flatten() for name in layers]).numpy())
+            steps.append(content["global_step"])
+
+    dqn_sparse.save_atomically = keep  # in place of writing each checkpoint over the one before it
+    flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "method": method, "sparsity": 0.8}
+    dqn_sparse.main(dqn_sparse.Args(**flags, checkpoint_every=EVERY, cuda=False))
+    return np.array(steps), masks
+
+
+def states(alive: np.ndarray) -> np.ndarray:
+    """Which of STATES each weight is in, from whether it is alive (n, weights): uint8 of the same shape."""
+    ever = np.logical_or.accumulate(alive)
+    return np.where(alive, np.where(np.logical_and.accumulate(alive), 2, 3), ever).astype(np.uint8)
+
+
+def draw(axes: np.ndarray, steps: np.ndarray, masks: list[np.ndarray], title: str) -> None:
+    """One column: single weights of LAYER above, all weights of the network below."""
+    chosen = np.random.default_rng(0).choice(512 * 512, WEIGHTS, replace=False)
+    alive = np.array([mask[chosen] for mask in masks])
+    first = np.where(alive.any(0), alive.argmax(0), len(alive))
+    picture = states(alive)[:, np.lexsort((-alive.sum(0), first))]
+    look = {"cmap": ListedColormap(STATES.values()), "vmin": 0, "vmax": 3, "interpolation": "nearest"}
+    axes[0].imshow(picture.T, extent=(0, steps[-1], WEIGHTS, 0), aspect="auto", **look)
+    axes[0].set_title(title, fontsize="medium")
+    axes[0].set_yticks([])
+
+    ever = np.zeros_like(masks[0])
+    shares = []
+    for mask in masks:
+        ever |= mask
+        shares.append((mask.mean(), ever.mean()))
+    now, so_far = 100 * np.array(shares).T
+    axes[1].fill_between(steps, now, color="#0072B2", alpha=0.25, linewidth=0)
+    axes[1].plot(steps, now, color="#0072B2", linewidth=2, label="alive now")
+    axes[1].plot(steps, so_far, "--", color="#D55E00", linewidth=2, label="ever alive so far")
+    axes[1].set(xlabel="agent steps", xlim=(0, steps[-1]), ylim=(0, 105), xticks=range(0, 20_001, 5_000))
+    axes[1].spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    figure, panels = plt.subplots(
+        2, 3, figsize=(10, 5.4), sharex="col", height_ratios=(3, 2), layout="constrained", sharey="row"
+    )
+    for column, (method, title) in zip(panels.T, METHODS.items()):
+        draw(column, *masks_over_time(method), title)
+    panels[0, 0].set_ylabel(f"{WEIGHTS} weights of one layer")
+    panels[1, 0].set_ylabel("% of all weights")
+    panels[1, 0].legend(frameon=False, loc="upper left")
+    patches = [Patch(facecolor=color, edgecolor="grey", label=name) for name, color in STATES.items()]
+    figure.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False, title="each row is one weight")
+    figure.savefig("docs/methods.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
