@@ -1,17 +1,14 @@
-"""What prioritised replay costs in rainbow_pruned.py, and its agent steps per second beside another script's.
+"""What prioritised replay costs in rainbow_pruned.py: its share of an update, and sampling against the capacity.
 
-    python benchmarks/rainbow.py [--peer path/to/rainbow_atari.py --peer-flags "..."] [--rounds 5]
+    python benchmarks/prioritised_replay.py [--capacity 1000000]
 
-Breakout with the Nature network, one environment, batch 32, one update per 4 agent steps. Whatever is compared takes
-turns, so that a machine whose speed drifts slows all of it. Writes docs/rainbow_sampling.png.
+Nature network, batch 32. Whatever is compared takes turns, so that a machine whose speed drifts slows all of it. Writes
+docs/rainbow_sampling.png.
 """
 
 import argparse
 import copy
-import json
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,9 +30,6 @@ from utils.replay import Replay
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-OURS = "--env-id ALE/Breakout-v5 --network nature --method dense --learning-starts 1000 --total-timesteps 1000000"
-OURS += " --runs-dir runs"
-SCRIPTS = {"compact": OURS, "full": f"{OURS} --double --dueling --noisy"}
 
 
 def alternating_medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -139,34 +133,10 @@ def share_of_an_update(capacity: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="another training script that makes one update per 4 agent steps")
-    parser.add_argument("--peer-flags", default="", help="its flags, in one string")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--capacity", type=int, default=1_000_000, help="frames in the replay whose parts are timed")
     args = parser.parse_args()
-
     share_of_an_update(args.capacity)  # first: it grows the heap to the size that it has in training
     sampling_against_capacity(ROOT / "docs" / "rainbow_sampling.png")
-
-    contenders = {name: (str(ROOT / "rainbow_pruned.py"), flags) for name, flags in SCRIPTS.items()}
-    if args.peer:
-        contenders["peer"] = (args.peer, args.peer_flags)
-    times = {name: [] for name in contenders}
-    for _ in range(args.rounds):
-        for name, (path, flags) in contenders.items():
-            command = [sys.executable, str(ROOT / "benchmarks/time_updates.py"), "--updates", str(args.updates), path]
-            done = subprocess.run([*command, *shlex.split(flags)], capture_output=True, text=True, check=True)
-            times[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    *_, last = times.values()
-    # Processor time says more than the clock on a machine that has other work to do, if OMP_NUM_THREADS is 1
-    for clock in ("ms_per_update", "cpu_ms_per_update"):
-        print(f"\n| script | {clock} | agent steps/s | speed over the last (min, median, max) |\n|---|--:|--:|--:|")
-        for name, values in times.items():
-            ratios = sorted(b[clock] / a[clock] for a, b in zip(values, last))
-            middle = statistics.median(value[clock] for value in values)
-            spread = f"{ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f}"
-            print(f"| {name} | {middle:.1f} | {4e3 / middle:.0f} | {spread} |")
 
 
 if __name__ == "__main__":
