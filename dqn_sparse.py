@@ -180,7 +180,6 @@ CLASSIC_CONTROL = {
     "learning_starts": 1_000,
     "target_network_frequency": 100,
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
-    "end_e": 0.05,
     "exploration_steps": 5_000,
     "clip_rewards": False,
 }

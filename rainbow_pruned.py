@@ -194,7 +194,6 @@ CLASSIC_CONTROL = {
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
     "v_min": 0.0,
     "v_max": 100.0,  # CartPole: a reward of 1 for ever, discounted
-    "end_e": 0.05,
     "exploration_steps": 5_000,
     "clip_rewards": False,
 }
