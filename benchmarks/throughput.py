@@ -37,6 +37,7 @@ import cql_pruned
 import dqn_sparse
 import rainbow_pruned
 import sac_sparse
+from utils.masks import apply_masks, prunable
 from utils.replay import Batch
 from utils.runs import choose_device
 
@@ -96,17 +97,35 @@ def update_cost(task: str, width: int, masked: bool, device: torch.device) -> tu
     return counter.get_total_flops(), 4 * weights * (passes + adam + (3 if masked else 0))
 
 
+def mask_share(task: str, width: int, device: torch.device) -> float:
+    """Time of applying the masks over that of the rest of an update; the medians of 30, one after the other."""
+    loss, networks = loss_of(task, width, device)
+    weights = {f"{i}.{name}": weight for i, net in enumerate(networks) for name, weight in prunable(net).items()}
+    masks = {name: (torch.rand_like(weight) < 0.1).to(weight.dtype) for name, weight in weights.items()}
+    optimizer = torch.optim.Adam([p for net in networks for p in net.parameters()], 1e-4, fused=True)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        loss()
+        optimizer.step()
+
+    times = [(seconds(update, device), seconds(lambda: apply_masks(weights, masks), device)) for _ in range(33)][3:]
+    updates, applications = zip(*times)
+    return statistics.median(applications) / statistics.median(updates)
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def best_seconds(action: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(15):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds(action, device) for _ in range(15))
 
 
 def machine(device: torch.device) -> tuple[float, float]:
@@ -199,7 +218,8 @@ def main() -> None:
     print(
         "| task | width | method | agent steps/s (min, median, max) | ms per update | over the machine's limit ", end=""
     )
-    print("| memory, GB | start, s | time over ours, dense (min, median, max) |\n|---|--:|---|--:|--:|--:|--:|--:|--:|")
+    print("| masks | memory, GB | start, s | time over ours, dense (min, median, max) |\n", end="")
+    print("|---|--:|---|" + "--:|" * 7)
     for (task, width, method), results in found.items():
         steps_per_update = contenders[task, width, method][2]
         ms = [result["ms_per_step"] for result in results]
@@ -210,10 +230,11 @@ def main() -> None:
             "ms_per_update": steps_per_update * statistics.median(ms),
         }
         row["steps_per_second"] = sorted(1e3 / value for value in ms)
-        row["limit_ms"] = None
+        row["limit_ms"] = row["mask_share"] = None
         if width:
             flops, nbytes = update_cost(task, width, method != "dense", device)
             row["limit_ms"] = 1e3 * (flops / flops_rate + nbytes / bandwidth)
+            row["mask_share"] = mask_share(task, width, device) if method != "dense" else None
         memory = "peak_gpu_memory_gb" if device.type == "cuda" else "peak_memory_gb"
         row["memory_gb"] = max(result[memory] for result in results)
         row["startup_s"] = statistics.median(result["startup_s"] for result in results)
@@ -225,7 +246,8 @@ def main() -> None:
         over = f"{row['over_dense'][0]:.3f}, {statistics.median(row['over_dense']):.3f}, {row['over_dense'][-1]:.3f}"
         limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if width else ""
         print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} | {limit} ", end="")
-        print(f"| {row['memory_gb']:.2f} | {row['startup_s']:.1f} | {over} |")
+        masks = f"{row['mask_share']:.1%}" if row["mask_share"] else ""
+        print(f"| {masks} | {row['memory_gb']:.2f} | {row['startup_s']:.1f} | {over} |")
     if args.out:
         hardware = {"device": str(device), "flops_per_second": flops_rate, "bytes_per_second": bandwidth}
         Path(f"{args.out}.json").write_text(json.dumps({"machine": hardware, "rows": rows}, indent=1) + "\n")
