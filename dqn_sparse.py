@@ -178,6 +178,7 @@ CLASSIC_CONTROL = {
     "batch_size": 64,
     "buffer_size": 20_000,
     "learning_starts": 1_000,
+    "replay_ratio": 0.5,
     "target_network_frequency": 100,
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
     "exploration_steps": 5_000,

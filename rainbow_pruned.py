@@ -190,6 +190,7 @@ CLASSIC_CONTROL = {
     "batch_size": 64,
     "buffer_size": 20_000,
     "learning_starts": 1_000,
+    "replay_ratio": 0.5,
     "target_network_frequency": 100,
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
     "v_min": 0.0,
