@@ -106,7 +106,7 @@ class Args:
     network: Literal["impala", "nature", "mlp"] = "impala"
     """the 15-layer Impala ResNet, the CNN of Mnih et al. (2015), or two hidden layers for vector observations"""
     learning_rate: float = 6.25e-5
-    """of Adam"""
+    """of Adam; the MLP's is divided by its width"""
     adam_eps: float = 1.5e-4
     """epsilon of Adam"""
     num_envs: int = 1
@@ -373,9 +373,10 @@ def main(args: Args) -> np.ndarray:
     # Networks
     q_network = make_network(args, space, n_actions).to(device)
     target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(
-        q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=device.type == "cuda"
-    )
+    # Adam moves all weights alike, and an output by the sum over the layer's width (Yang et al. 2022)
+    learning_rate = args.learning_rate / (args.width if args.network == "mlp" else 1)
+    adam = {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=learning_rate, eps=args.adam_eps, **adam)
 
     # Masks: ones and zeros in the weights' shapes, changed only in place
     weights, target_weights = prunable(q_network), prunable(target_network)
