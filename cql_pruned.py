@@ -120,7 +120,7 @@ class Args:
     network: Literal["impala", "nature", "mlp"] = "impala"
     """the 15-layer Impala ResNet, the CNN of Mnih et al. (2015), or two hidden layers for vector observations"""
     learning_rate: float = 5e-5
-    """of Adam; the MLP's is divided by its width"""
+    """of Adam"""
     adam_eps: float = 3.125e-4
     """epsilon of Adam"""
     batch_size: int = 32
@@ -434,10 +434,8 @@ def main(args: Args) -> np.ndarray:
     support = (
         torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device) if args.loss == "c51" else None
     )  # (N,)
-    # Adam moves all weights alike, and an output by the sum over the layer's width (Yang et al. 2022)
-    learning_rate = args.learning_rate / (args.width if args.network == "mlp" else 1)
     adam = {"fused": True, "capturable": device.type == "cuda"}
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=learning_rate, eps=args.adam_eps, **adam)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
 
     # Masks: ones and zeros in the weights' shapes, changed only in place
     weights, target_weights = prunable(q_network), prunable(target_network)

@@ -106,7 +106,7 @@ class Args:
     network: Literal["impala", "nature", "mlp"] = "impala"
     """the 15-layer Impala ResNet, the CNN of Mnih et al. (2015), or two hidden layers for vector observations"""
     learning_rate: float = 6.25e-5
-    """of Adam; the MLP's is divided by its width"""
+    """of Adam"""
     adam_eps: float = 1.5e-4
     """epsilon of Adam"""
     num_envs: int = 1
@@ -178,9 +178,9 @@ CLASSIC_CONTROL = {
     "batch_size": 64,
     "buffer_size": 20_000,
     "learning_starts": 1_000,
-    "replay_ratio": 0.5,
     "target_network_frequency": 100,
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
+    "end_e": 0.05,
     "exploration_steps": 5_000,
     "clip_rewards": False,
 }
@@ -373,10 +373,8 @@ def main(args: Args) -> np.ndarray:
     # Networks
     q_network = make_network(args, space, n_actions).to(device)
     target_network = copy.deepcopy(q_network)
-    # Adam moves all weights alike, and an output by the sum over the layer's width (Yang et al. 2022)
-    learning_rate = args.learning_rate / (args.width if args.network == "mlp" else 1)
     adam = {"fused": True, "capturable": device.type == "cuda"}
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=learning_rate, eps=args.adam_eps, **adam)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
 
     # Masks: ones and zeros in the weights' shapes, changed only in place
     weights, target_weights = prunable(q_network), prunable(target_network)
@@ -526,13 +524,6 @@ def main(args: Args) -> np.ndarray:
         # The step after an end only resets its environment: it is no agent step
         last_step, global_step = global_step, global_step + int((~resetting).sum())
 
-        # Before the step that they are due at: a GPU works on them while the environments play
-        while update < int((global_step - args.learning_starts) * args.replay_ratio):
-            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
-            rewire_due = args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval)
-            losses = learn(mask_due=True) if prune_due or rewire_due else fast_learn()
-            update += 1
-
         next_raw, reward, terminated, truncated, infos = envs.step(action)
         next_observation = to_device(next_raw)
         terminal, end = terminated, terminated | truncated
@@ -547,6 +538,12 @@ def main(args: Args) -> np.ndarray:
         observation.copy_(next_observation)
         for i in np.flatnonzero(end):
             run.episode(infos["episode"]["r"][i], infos["episode"]["l"][i], global_step)
+
+        while update < int((global_step - args.learning_starts) * args.replay_ratio):
+            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
+            rewire_due = args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval)
+            losses = learn(mask_due=True) if prune_due or rewire_due else fast_learn()
+            update += 1
 
         if global_step // args.target_network_frequency > last_step // args.target_network_frequency:
             target_network.load_state_dict(q_network.state_dict())
