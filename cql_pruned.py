@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
@@ -60,13 +61,12 @@ from utils.runs import (
     set_rng_state,
 )
 
-SCRIPT = "cql_pruned"
+SCRIPT = Path(__file__).stem
 
 
 @dataclass
 class Args:
-    """The defaults are those for Atari with `--loss huber`; C51 and CLASSIC_CONTROL, below, say where others have their
-    own."""
+    """The defaults are those for Atari with `--loss huber`; C51 and CLASSIC_CONTROL, below, replace some for others."""
 
     # Experiment
     dataset: str = ""
@@ -194,8 +194,8 @@ CLASSIC_CONTROL = {
 
 
 class Head(nn.Module):
-    """Q(s, a), or with C51 the logits of its atoms. Dueling adds those of the state's value to the centred ones of the
-    actions."""
+    """Q(s, a), or with C51 the logits of its atoms. With dueling, they are the state's value plus the action's
+    advantage less the mean over actions."""
 
     def __init__(self, inputs: int, n_actions: int, n_atoms: int, dueling: bool, bias: bool) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class MLP(nn.Module):
         self.apply(xavier_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *observation shape) float32 -> (B, A, N)
-        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).to(self.dense1.weight.dtype))))))
+        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).float())))))
 
 
 def xavier_init(layer: nn.Module) -> None:
@@ -332,7 +332,8 @@ def project(probability: torch.Tensor, place: torch.Tensor, support: torch.Tenso
         The masses (B, N) on `support`.
     """
     distance = (place.clamp(support[0], support[-1])[:, None] - support[:, None]).abs()  # (B, N to, N from)
-    share = (1 - distance / (support[1] - support[0])).clamp(min=0)
+    delta_z = (support[-1] - support[0]) / (len(support) - 1)
+    share = (1 - distance / delta_z).clamp(min=0)
     return (share * probability[:, None]).sum(-1)
 
 
@@ -419,7 +420,10 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    envs = make_envs(args.env_id, 1, args.sticky_actions, args.noop_max)
+    try:
+        envs = make_envs(args.env_id, 1, args.sticky_actions, args.noop_max)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
     space, actions = envs.single_observation_space, envs.single_action_space
     envs.close()
     images = atari_game(args.env_id) is not None
@@ -431,9 +435,8 @@ def main(args: Args) -> np.ndarray:
     # Networks
     q_network = make_network(args, space, n_actions).to(device)
     target_network = copy.deepcopy(q_network)
-    support = (
-        torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device) if args.loss == "c51" else None
-    )  # (N,)
+    c51 = args.loss == "c51"
+    support = torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device) if c51 else None  # (N,)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
 
@@ -532,12 +535,12 @@ def main(args: Args) -> np.ndarray:
         return epsilon_greedy(partial(greedy_action, observation), args.eval_epsilon, len(observation), n_actions, rng)
 
     def play(envs: gym.vector.VectorEnv) -> np.ndarray:
-        returns, lengths = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000 + update)
+        returns, lengths = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000)
         for episode_return, length in zip(returns, lengths):
             run.episode(episode_return, length, update)
         return returns
 
-    eval_envs = partial(make_envs, args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
+    make_eval_envs = partial(make_envs, args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
 
     def learn(mask_due: bool = False) -> list:
         """One update, and a change of the mask if it is due; parts of the loss and means of Q."""
@@ -584,7 +587,7 @@ def main(args: Args) -> np.ndarray:
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(look(), update)
         if update % args.eval_every == 0 and update < args.total_updates:
-            play(eval_envs())
+            play(make_eval_envs())
         if args.checkpoint_every and update % args.checkpoint_every == 0:
             save_checkpoint()
 
@@ -601,7 +604,7 @@ def main(args: Args) -> np.ndarray:
     if args.capture_video:
         returns = play(make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max))
     else:
-        returns = play(eval_envs())
+        returns = play(make_eval_envs())
     for episode, value in enumerate(returns):
         run.scalars({"eval/episodic_return": value}, episode)
     run.close()
@@ -613,13 +616,11 @@ def main(args: Args) -> np.ndarray:
     return returns
 
 
-def parse() -> Args:
-    """The command line, with C51 and CLASSIC_CONTROL where they apply and a flag is not given."""
-    args = parse_args(Args, {}, lambda args: False)
+def preset(args: Args) -> dict:
+    """What the flags that are not given have in place of their defaults."""
     vectors = atari_game(env_id_of(args)) is None
-    presets = (C51 if args.loss == "c51" else {}) | (CLASSIC_CONTROL if vectors else {})
-    return parse_args(Args, presets, lambda args: True)
+    return (C51 if args.loss == "c51" else {}) | (CLASSIC_CONTROL if vectors else {})
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(parse_args(Args, preset))

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
@@ -59,12 +60,12 @@ from utils.runs import (
     set_rng_state,
 )
 
-SCRIPT = "dqn_sparse"
+SCRIPT = Path(__file__).stem
 
 
 @dataclass
 class Args:
-    """The defaults are those for Atari; other environments have those of CLASSIC_CONTROL, below, where it names one."""
+    """The defaults are those for Atari; CLASSIC_CONTROL, below, replaces some for other environments."""
 
     # Experiment
     env_id: str = "ALE/Breakout-v5"
@@ -172,11 +173,11 @@ class Args:
 # What vector observations get in place of the defaults above, where a flag does not say otherwise.
 CLASSIC_CONTROL = {
     "eval_episodes": 20,
-    "total_timesteps": 20_000,
+    "total_timesteps": 30_000,
     "network": "mlp",
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "batch_size": 64,
-    "buffer_size": 20_000,
+    "buffer_size": 30_000,
     "learning_starts": 1_000,
     "target_network_frequency": 100,
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
@@ -253,7 +254,7 @@ class MLP(nn.Module):
         self.apply(xavier_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *observation shape) -> (B, A)
-        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).to(self.dense1.weight.dtype))))))
+        return self.head(F.relu(self.dense2(F.relu(self.dense1(x.flatten(1).float())))))
 
 
 def xavier_init(layer: nn.Module) -> None:
@@ -362,7 +363,10 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
+    try:
+        envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
     space, actions = envs.single_observation_space, envs.single_action_space
     images = atari_game(args.env_id) is not None
     if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
@@ -511,6 +515,10 @@ def main(args: Args) -> np.ndarray:
     fast_learn = cuda_graph(learn, graphs)
     fast_greedy = cuda_graph(partial(greedy_action, observation), graphs)
 
+    def due(every: int) -> bool:
+        """Has the latest step reached a multiple of `every`? Several environments may step over it."""
+        return every > 0 and global_step // every > last_step // every
+
     # The loop
     log_every = max(100, args.total_timesteps // 1_000)
     lives = infos.get("lives")
@@ -523,6 +531,13 @@ def main(args: Args) -> np.ndarray:
 
         # The step after an end only resets its environment: it is no agent step
         last_step, global_step = global_step, global_step + int((~resetting).sum())
+
+        # Before the step that they are due at: a GPU works on them while the environments play
+        while update < int((global_step - args.learning_starts) * args.replay_ratio):
+            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
+            rewire_due = args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval)
+            losses = learn(mask_due=True) if prune_due or rewire_due else fast_learn()
+            update += 1
 
         next_raw, reward, terminated, truncated, infos = envs.step(action)
         next_observation = to_device(next_raw)
@@ -539,17 +554,11 @@ def main(args: Args) -> np.ndarray:
         for i in np.flatnonzero(end):
             run.episode(infos["episode"]["r"][i], infos["episode"]["l"][i], global_step)
 
-        while update < int((global_step - args.learning_starts) * args.replay_ratio):
-            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
-            rewire_due = args.method in ("rigl", "set") and mask_update_due(update, 0, rewire_end, rewire_interval)
-            losses = learn(mask_due=True) if prune_due or rewire_due else fast_learn()
-            update += 1
-
-        if global_step // args.target_network_frequency > last_step // args.target_network_frequency:
+        if due(args.target_network_frequency):
             target_network.load_state_dict(q_network.state_dict())
 
         run.progress(global_step)
-        if losses is not None and global_step // log_every > last_step // log_every:
+        if losses is not None and due(log_every):
             td, q = torch.stack(losses).tolist()
             sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
             sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
@@ -558,11 +567,10 @@ def main(args: Args) -> np.ndarray:
             charts = {"charts/SPS": run.steps_per_second(global_step), "charts/epsilon": epsilon}
             run.scalars({"losses/td_loss": td, "losses/q_values": q} | charts | sparsity, global_step)
             run.progress(global_step, loss=td, sparsity=sparsity["sparsity/global"])
-        look_every = args.diagnostics_every
-        if look_every and update and global_step // look_every > last_step // look_every:
+        if update and due(args.diagnostics_every):
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(look(), global_step)
-        if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
+        if due(args.checkpoint_every):
             save_checkpoint()
 
     # The end
@@ -598,5 +606,10 @@ def main(args: Args) -> np.ndarray:
     return returns
 
 
+def preset(args: Args) -> dict:
+    """What the flags that are not given have in place of their defaults."""
+    return CLASSIC_CONTROL if atari_game(args.env_id) is None else {}
+
+
 if __name__ == "__main__":
-    main(parse_args(Args, CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None))
+    main(parse_args(Args, preset))

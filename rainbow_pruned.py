@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
@@ -61,12 +62,12 @@ from utils.runs import (
     set_rng_state,
 )
 
-SCRIPT = "rainbow_pruned"
+SCRIPT = Path(__file__).stem
 
 
 @dataclass
 class Args:
-    """The defaults are those for Atari; other environments have those of CLASSIC_CONTROL, below, where it names one."""
+    """The defaults are those for Atari; CLASSIC_CONTROL, below, replaces some for other environments."""
 
     # Experiment
     env_id: str = "ALE/Breakout-v5"
@@ -144,7 +145,7 @@ class Args:
     noisy: bool = False
     """explore by noise on the weights of the linear layers, without epsilon (Fortunato et al. 2018)"""
     noisy_sigma: float = 0.1
-    """noisy: initial standard deviation, times the square root of a layer's inputs (0.5 in Hessel et al. 2018)"""
+    """noisy: initial standard deviation, divided by the square root of a layer's inputs (0.5 in Hessel et al. 2018)"""
     start_e: float = 1.0
     """epsilon of epsilon-greedy exploration up to learning_starts ..."""
     end_e: float = 0.01
@@ -184,11 +185,11 @@ class Args:
 # What vector observations get in place of the defaults above, where a flag does not say otherwise.
 CLASSIC_CONTROL = {
     "eval_episodes": 20,
-    "total_timesteps": 20_000,
+    "total_timesteps": 30_000,
     "network": "mlp",
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "batch_size": 64,
-    "buffer_size": 20_000,
+    "buffer_size": 30_000,
     "learning_starts": 1_000,
     "target_network_frequency": 100,
     "n_step": 10,  # and so often a new target: in a short run, values must travel fast
@@ -223,7 +224,8 @@ class NoisyLinear(nn.Module):
 
 
 class Head(nn.Module):
-    """The logits of each action's atoms. Dueling adds those of the state's value to the centred ones of the actions."""
+    """The logits of each action's atoms. With dueling, they are the state's value plus the action's advantage less the
+    mean over actions."""
 
     def __init__(self, inputs: int, n_actions: int, n_atoms: int, dueling: bool, linear: Callable) -> None:
         super().__init__()
@@ -332,8 +334,8 @@ def make_network(args: Args, observation_space: gym.spaces.Box, n_actions: int) 
     network = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network]
     dense = 512 * args.width if args.scale_dense else 512
     memory_format = torch.channels_last if args.network == "impala" else torch.contiguous_format  # what is faster
-    made = network(observation_space.shape[0], args.width, dense, args.bias, linear, head)
-    return made.to(memory_format=memory_format)
+    network = network(observation_space.shape[0], args.width, dense, args.bias, linear, head)
+    return network.to(memory_format=memory_format)
 
 
 def cubic_sparsity(update: int, start: int, end: int, final: float) -> float:
@@ -377,7 +379,7 @@ def project(probability: torch.Tensor, place: torch.Tensor, support: torch.Tenso
 
 def td_loss(q_network, target_network, batch: Batch, support: torch.Tensor, double: bool) -> tuple:
     """The cross-entropy (B,) of the distributions of Q(s, a) and their projected targets, and the mean of Q(s, a)."""
-    rows = torch.arange(len(batch.action), device=support.device)
+    rows = torch.arange(len(batch.action), device=batch.action.device)
     with torch.no_grad():
         next_logits = target_network(batch.next_observation)  # (B, A, N)
         chooser = q_network(batch.next_observation) if double else next_logits
@@ -437,7 +439,10 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
+    try:
+        envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
     space, actions = envs.single_observation_space, envs.single_action_space
     images = atari_game(args.env_id) is not None
     if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
@@ -504,10 +509,11 @@ def main(args: Args) -> np.ndarray:
     if images and device.type == "cpu":
         blank, zeros = torch.zeros(args.batch_size, *space.shape, dtype=torch.uint8), torch.zeros(args.batch_size)
         batch = Batch(blank, zeros.long(), zeros, zeros, blank)
-        per_update = median_seconds(
-            lambda: td_loss(q_network, target_network, batch, support, args.double)[0].mean().backward()
-        )
-        per_step = median_seconds(lambda: q_network(blank[:1]))
+        with torch.random.fork_rng():  # noisy layers draw
+            per_update = median_seconds(
+                lambda: td_loss(q_network, target_network, batch, support, args.double)[0].mean().backward()
+            )
+            per_step = median_seconds(lambda: q_network(blank[:1]))
         seconds = (n_updates - update) * per_update + (args.total_timesteps - global_step) * per_step
         print(f"no GPU here: this will take about {in_words(seconds)}, at {per_update:.2f} s an update")
         print("a small task that ends within minutes: python rainbow_pruned.py --env-id CartPole-v1")
@@ -592,6 +598,10 @@ def main(args: Args) -> np.ndarray:
     fast_learn = cuda_graph(learn, graphs)
     fast_greedy = cuda_graph(partial(greedy_action, observation), graphs)
 
+    def due(every: int) -> bool:
+        """Has the latest step reached a multiple of `every`? Several environments may step over it."""
+        return every > 0 and global_step // every > last_step // every
+
     # The loop
     log_every = max(100, args.total_timesteps // 1_000)
     lives = infos.get("lives")
@@ -604,6 +614,12 @@ def main(args: Args) -> np.ndarray:
 
         # The step after an end only resets its environment: it is no agent step
         last_step, global_step = global_step, global_step + int((~resetting).sum())
+
+        # Before the step that they are due at: a GPU works on them while the environments play
+        while update < int((global_step - args.learning_starts) * args.replay_ratio):
+            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
+            losses = learn(mask_due=True) if prune_due else fast_learn()
+            update += 1
 
         next_raw, reward, terminated, truncated, infos = envs.step(action)
         next_observation = to_device(next_raw)
@@ -621,27 +637,21 @@ def main(args: Args) -> np.ndarray:
         for i in np.flatnonzero(end):
             run.episode(infos["episode"]["r"][i], infos["episode"]["l"][i], global_step)
 
-        while update < int((global_step - args.learning_starts) * args.replay_ratio):
-            prune_due = args.method == "gmp" and mask_update_due(update, prune_start, prune_end, prune_interval)
-            losses = learn(mask_due=True) if prune_due else fast_learn()
-            update += 1
-
-        if global_step // args.target_network_frequency > last_step // args.target_network_frequency:
+        if due(args.target_network_frequency):
             target_network.load_state_dict(q_network.state_dict())
 
         run.progress(global_step)
-        if losses is not None and global_step // log_every > last_step // log_every:
+        if losses is not None and due(log_every):
             td, q = torch.stack(losses).tolist()
             sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
             sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
             charts = {"charts/SPS": run.steps_per_second(global_step), "charts/epsilon": epsilon}
             run.scalars({"losses/td_loss": td, "losses/q_values": q} | charts | sparsity, global_step)
             run.progress(global_step, loss=td, sparsity=sparsity["sparsity/global"])
-        look_every = args.diagnostics_every
-        if look_every and update and global_step // look_every > last_step // look_every:
+        if update and due(args.diagnostics_every):
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(look(), global_step)
-        if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
+        if due(args.checkpoint_every):
             save_checkpoint()
 
     # The end
@@ -679,5 +689,10 @@ def main(args: Args) -> np.ndarray:
     return returns
 
 
+def preset(args: Args) -> dict:
+    """What the flags that are not given have in place of their defaults."""
+    return CLASSIC_CONTROL if atari_game(args.env_id) is None else {}
+
+
 if __name__ == "__main__":
-    main(parse_args(Args, CLASSIC_CONTROL, lambda args: atari_game(args.env_id) is None))
+    main(parse_args(Args, preset))

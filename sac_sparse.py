@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
@@ -57,12 +58,12 @@ from utils.runs import (
     set_rng_state,
 )
 
-SCRIPT = "sac_sparse"
+SCRIPT = Path(__file__).stem
 
 
 @dataclass
 class Args:
-    """The defaults are SimBa's; the MLP and Pendulum have those of MLP and PENDULUM, below, where these name one."""
+    """The defaults are SimBa's; CLEANRL and PENDULUM, below, replace some for the MLP and for Pendulum."""
 
     # Experiment
     env_id: str = "dm_control/humanoid-run-v0"
@@ -174,7 +175,7 @@ PENDULUM = {
     "learning_starts": 1_000,
 }
 # ... and the MLP (CleanRL's sac_continuous_action.py).
-MLP = {
+CLEANRL = {
     "policy_lr": 3e-4,
     "q_lr": 1e-3,
     "weight_decay": 0.0,
@@ -562,8 +563,11 @@ def main(args: Args) -> np.ndarray:
         blank, zeros = torch.zeros(args.batch_size, *space.shape), torch.zeros(args.batch_size)
         batch = Batch(blank, torch.zeros(args.batch_size, *actions.shape), zeros, zeros, blank)
         alpha = log_alpha.detach().exp()
-        per_update = median_seconds(lambda: critic_loss(actor, critic, target_critic, batch, alpha)[0].sum().backward())
-        per_update += median_seconds(lambda: actor_loss(actor, critic, blank, alpha)[0].backward())
+        with torch.random.fork_rng():
+            per_update = median_seconds(
+                lambda: critic_loss(actor, critic, target_critic, batch, alpha)[0].sum().backward()
+            )
+            per_update += median_seconds(lambda: actor_loss(actor, critic, blank, alpha)[0].backward())
         seconds = (n_updates - update) * per_update
         print(f"no GPU here: this will take about {in_words(seconds)}, at {per_update:.2f} s an update")
         print("a small task that ends within minutes: python sac_sparse.py --env-id Pendulum-v1")
@@ -670,6 +674,10 @@ def main(args: Args) -> np.ndarray:
     graphs = args.cuda_graph and device.type == replay.device.type == "cuda"
     fast_learn, fast_explore = cuda_graph(learn, graphs), cuda_graph(explore, graphs)
 
+    def due(every: int) -> bool:
+        """Has the latest step reached a multiple of `every`? Several environments may step over it."""
+        return every > 0 and global_step // every > last_step // every
+
     # The loop
     log_every = max(100, args.total_timesteps // 1_000)
     resetting = np.zeros(args.num_envs, dtype=bool)
@@ -707,7 +715,7 @@ def main(args: Args) -> np.ndarray:
             run.episode(infos["episode"]["r"][i], infos["episode"]["l"][i], global_step)
 
         run.progress(global_step)
-        if losses is not None and global_step // log_every > last_step // log_every:
+        if losses is not None and due(log_every):
             policy_loss, alpha_loss, q_losses, q_values = (loss.tolist() for loss in losses)
             scalars = {"losses/actor_loss": policy_loss, "losses/qf_loss": sum(q_losses) / num_critics}
             scalars |= {f"losses/qf{i + 1}_loss": value for i, value in enumerate(q_losses)}
@@ -723,11 +731,10 @@ def main(args: Args) -> np.ndarray:
             scalars["charts/SPS"] = run.steps_per_second(global_step)
             run.scalars(scalars, global_step)
             run.progress(global_step, loss=scalars["losses/qf_loss"], sparsity=scalars["sparsity/global"])
-        look_every = args.diagnostics_every
-        if look_every and update and global_step // look_every > last_step // look_every:
+        if update and due(args.diagnostics_every):
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(look(), global_step)
-        if args.checkpoint_every and global_step // args.checkpoint_every > last_step // args.checkpoint_every:
+        if due(args.checkpoint_every):
             save_checkpoint()
 
     # The end
@@ -761,7 +768,11 @@ def main(args: Args) -> np.ndarray:
     return returns
 
 
-if __name__ == "__main__":
-    args = parse_args(Args, PENDULUM, lambda args: args.env_id.startswith("Pendulum-"))
+def preset(args: Args) -> dict:
+    """What the flags that are not given have in place of their defaults."""
     small = PENDULUM if args.env_id.startswith("Pendulum-") else {}
-    main(parse_args(Args, MLP | small if args.network == "mlp" else small, lambda args: True))
+    return (CLEANRL if args.network == "mlp" else {}) | small
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, preset))

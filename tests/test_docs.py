@@ -22,6 +22,7 @@ def shown(value):
     ("script", "presets"),
     [
         ("dqn_sparse", ["CLASSIC_CONTROL"]),
+        ("sac_sparse", ["CLEANRL", "PENDULUM"]),
         ("rainbow_pruned", ["CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
     ],

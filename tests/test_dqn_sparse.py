@@ -369,8 +369,9 @@ def test_set_grows_anywhere_with_the_same_chance():
 def test_the_grow_score_is_the_gradient_of_the_weights_that_are_not_there():
     """Finite differences in float64, on inactive weights of every layer."""
     torch.manual_seed(0)
-    online, target = MLP(3, 2, 1, True).double(), MLP(3, 2, 1, True).double()
-    for layer in (online.dense1, online.dense2):
+    mlps = MLP(3, 2, 1, True), MLP(3, 2, 1, True)
+    online, target = (nn.Sequential(q.dense1, nn.ReLU(), q.dense2, nn.ReLU(), q.head).double() for q in mlps)
+    for layer in (mlps[0].dense1, mlps[0].dense2):
         nn.init.uniform_(layer.bias, -0.1, 0.1)  # a unit without any input would stand on ReLU's kink
     weights = prunable(online)
     generator = torch.Generator().manual_seed(0)

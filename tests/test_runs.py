@@ -17,7 +17,7 @@ import torch
 from conftest import CARTPOLE, ROOT, as_flags, run_script
 
 import dqn_sparse
-from dqn_sparse import CLASSIC_CONTROL, Args
+from dqn_sparse import CLASSIC_CONTROL, Args, preset
 from utils.masks import kept_count
 from utils.replay import Replay
 from utils.runs import load_checkpoint, parse_args, read_episodes, save_atomically
@@ -174,7 +174,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path, script):
 
 def parsed(monkeypatch, *flags: str) -> Args:
     monkeypatch.setattr(sys, "argv", ["dqn_sparse.py", *flags])
-    return parse_args(Args, CLASSIC_CONTROL, lambda args: args.env_id == "CartPole-v1")
+    return parse_args(Args, preset)
 
 
 def test_presets_stand_below_the_command_line(monkeypatch):
@@ -297,7 +297,7 @@ def kill(run, step, **values):
     if step == 200 and not values:
         os.kill(os.getpid(), {int(number)})
 dqn_sparse.Run.progress = kill
-dqn_sparse.main(dqn_sparse.parse_args(dqn_sparse.Args, dqn_sparse.CLASSIC_CONTROL, lambda args: True))
+dqn_sparse.main(dqn_sparse.parse_args(dqn_sparse.Args, dqn_sparse.preset))
 """
     stopped = run_script("-c", code, *TINY, "--total-timesteps", "300", "--runs-dir", str(tmp_path))
     assert stopped.returncode == 0, stopped.stderr

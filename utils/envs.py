@@ -69,6 +69,8 @@ def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = Non
         action_repeat: play each action so many times and sum the rewards.
         video_folder: write every episode there as an MP4.
     """
+    if env_id.startswith("dm_control/"):
+        importlib.import_module("shimmy")  # registers the ids
     env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
     if video_folder:
         env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tensorboard.compat.proto.event_pb2 import Event
@@ -182,7 +183,7 @@ def load_model(path: Path) -> Model:
         for name, network in networks.items():
             network.load_state_dict(content["networks"][name])
             network.eval()
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ImportError, gym.error.Error) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(f"of another or an older layout than today's {script.__name__}.py ({reason})") from None
     return Model(script, args, networks, content["masks"], observations, actions)

@@ -37,16 +37,18 @@ def require(args: object, name: str, ok: bool, takes: str) -> None:
         fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
 
 
-def parse_args(args_class: type[ArgsT], presets: dict[str, object], applies: Callable[[ArgsT], bool]) -> ArgsT:
+def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict[str, object]]) -> ArgsT:
     """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
-    `--resume` names; the value in `presets`, if `applies(args)`; the default in the class.
+    `--resume` names; the value in `preset(args)`, what the other flags ask for; the default in the class.
     """
-    args = tyro.cli(args_class)
+    args, applied = tyro.cli(args_class), {}
     if args.resume:
         saved = load_checkpoint(args.resume, Path(sys.argv[0]).stem)["args"]
         known = {field.name for field in fields(args_class)}
         return tyro.cli(args_class, default=args_class(**{k: v for k, v in saved.items() if k in known}))
-    return tyro.cli(args_class, default=replace(args_class(), **presets)) if applies(args) else args
+    while (values := preset(args)) != applied:  # a preset may set a flag that asks for another preset
+        args, applied = tyro.cli(args_class, default=replace(args_class(), **values)), values
+    return args
 
 
 def choose_device(cuda: bool, tf32: bool = True) -> torch.device:
@@ -56,8 +58,7 @@ def choose_device(cuda: bool, tf32: bool = True) -> torch.device:
         tf32: let a GPU round the factors of float32 products and convolutions to 10 bits, which is JAX's default too.
     """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    if not tf32:
-        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = tf32
     device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"device: {name}")
