@@ -123,7 +123,8 @@ def main(args: Args) -> dict[Path, np.ndarray]:
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             wrong = f"--{name}: got {getattr(args, name)}, takes a number from {low} to {high:g}"
     if wrong or not args.models:
-        raise SystemExit(f"error: {wrong or 'no model given; takes folders of runs, or their model.pt'}")
+        fail(wrong or "no model given; takes folders of runs, or their model.pt")
+    given = [f"--{name}" for name in ("epsilon", "sticky", "noops") if getattr(args, name) is not None]
     statistics = {"mean": lambda tasks: tasks[0].mean(-1), "median": lambda tasks: np.median(tasks[0], -1), "IQM": iqm}
     results, normalised = {}, {}
     print("| model | episodes | mean | median | IQM | human-normalised mean |")
@@ -136,6 +137,8 @@ def main(args: Args) -> dict[Path, np.ndarray]:
         except ValueError as error:
             warn(f"{path}: {error}; left out")
             continue
+        if "actor" in model.networks and given:
+            warn(f"{path}: {' '.join(given)}: a policy for continuous actions has no such thing; ignored")
         results[path], said = play(model, folder, args)
         notes.append(f"{folder.name}: {said}")
         cells = [summarise([results[path]], statistic) for statistic in statistics.values()]
@@ -146,7 +149,7 @@ def main(args: Args) -> dict[Path, np.ndarray]:
         texts = [f"{value:.4g} [{low:.4g}, {high:.4g}]" for value, low, high in cells] + [""] * (4 - len(cells))
         print(f"| {folder.name} | {args.episodes} | " + " | ".join(texts) + " |", flush=True)
     if not results:
-        raise SystemExit("error: none of these can be played")
+        fail("none of these can be played")
     print("\n" + "\n".join(notes))
     if sum(map(len, normalised.values())) > 1:
         value, low, high = summarise([np.array(scores) for scores in normalised.values()])

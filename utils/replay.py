@@ -45,7 +45,7 @@ class Replay:
     ) -> None:
         """
         Args:
-            capacity: transitions, over all environments.
+            capacity: rows over all environments: transitions, and the last observation of each episode.
             space: of one observation; kept as uint8 if it is, else as float32.
             action_space: of one environment; actions are kept as int64 if it is discrete, else as float32.
             stack: frames in the first dimension of an observation, the newest last; 1 for vectors.
