@@ -5,6 +5,7 @@
 Trains three agents with dqn_sparse.py, half a minute each, and takes the masks from their checkpoints.
 """
 
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -39,7 +40,8 @@ def masks_over_time(method: str) -> tuple[np.ndarray, list[np.ndarray]]:
 
     dqn_sparse.save_atomically = keep  # in place of writing each checkpoint over the one before it
     flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "method": method, "sparsity": 0.8}
-    dqn_sparse.main(dqn_sparse.Args(**flags, checkpoint_every=EVERY, cuda=False))
+    with tempfile.TemporaryDirectory() as folder:
+        dqn_sparse.main(dqn_sparse.Args(**flags, checkpoint_every=EVERY, cuda=False, runs_dir=folder))
     return np.array(steps), masks
 
 

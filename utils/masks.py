@@ -1,7 +1,7 @@
 """Mask arithmetic: how many weights each layer keeps, which tensors hold them, and keeping the rest at zero.
 
 Pure functions of shapes and tensors. *When* and *why* a mask changes stands in the scripts. While they train, a mask
-has the dtype of its weight, ones and zeros: multiplying by a bool costs up to four times as much. Files hold bools.
+has the dtype of its weight, ones and zeros: multiplying by a bool takes four to five times as long. Files hold bools.
 """
 
 import math
