@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cql_pruned import Args, loss_terms, make_network
 from utils.envs import STACK, make_envs
 from utils.offline import OfflineReplay, read_dataset
 from utils.runs import choose_device, median_seconds
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_pong(folder: Path, rows: int) -> None:
@@ -65,7 +68,7 @@ def main() -> None:
         folder = Path(name)
         # in a process of its own, so that its memory does not count as ours
         code = f"import pathlib, benchmarks.offline as b; b.write_pong(pathlib.Path({name!r}), {flags.rows})"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         before = peak_memory()
 
         kept = round(flags.fraction * (flags.rows - 1)) * 84 * 84

@@ -55,8 +55,10 @@ TASKS = {  # script, network, flags, agent steps per update
 }
 
 
-def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], None], list[nn.Module]]:
-    """The losses and gradients of one update, and the networks that it trains."""
+def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], None], dict[nn.Module, int]]:
+    """The losses and gradients of one update; and the networks that it trains, each with how often all of its weights,
+    its target's or its gradient are read or written on the way: forward, target's forward, backward, gradient.
+    """
     script, network, *_ = TASKS[task]
     args = script.Args(network=network, width=width)
     if script is sac_sparse:
@@ -71,7 +73,9 @@ def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], N
             policy_loss.backward(inputs=list(actor.parameters()))
             script.critic_loss(actor, critic, target, batch, zeros[0])[0].sum().backward()
 
-        return loss, [actor, critic]
+        # The actor acts in both losses; the critic is read twice more in the actor's. Polyak averaging reads the critic
+        # and its target and writes the target.
+        return loss, {actor: 2 + 1 + 1, critic: 4 + 2 + 3}
 
     space = Box(0, 255, (4, 84, 84), np.uint8)
     network = script.make_network(args, space, 4).to(device)
@@ -79,11 +83,11 @@ def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], N
     blank = torch.zeros(args.batch_size, *space.shape, dtype=torch.uint8, device=device)
     batch = Batch(blank, zeros.long(), zeros, zeros, blank)
     if script is cql_pruned:
-        return lambda: script.loss_terms(network, target, batch, None, args)[0].backward(), [network]
+        return lambda: script.loss_terms(network, target, batch, None, args)[0].backward(), {network: 4}
     if script is rainbow_pruned:
         support = torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device)
-        return lambda: script.td_loss(network, target, batch, support, args.double)[0].mean().backward(), [network]
-    return lambda: script.td_loss(network, target, batch, args.double)[0].backward(), [network]
+        return lambda: script.td_loss(network, target, batch, support, args.double)[0].mean().backward(), {network: 4}
+    return lambda: script.td_loss(network, target, batch, args.double)[0].backward(), {network: 4}
 
 
 def update_cost(task: str, width: int, masked: bool, device: torch.device) -> tuple[int, int]:
@@ -91,10 +95,10 @@ def update_cost(task: str, width: int, masked: bool, device: torch.device) -> tu
     loss, networks = loss_of(task, width, device)
     with FlopCounterMode(display=False) as counter:
         loss()
-    weights = sum(weight.numel() for network in networks for weight in network.parameters())
-    passes = 3 + 1  # read by forward, target's forward and backward; the gradient is written
-    adam = 4 + 3  # reads weight, gradient and two moments; writes weight and moments
-    return counter.get_total_flops(), 4 * weights * (passes + adam + (3 if masked else 0))
+    step = 4 + 3  # Adam reads weight, gradient and two moments, and writes weight and moments
+    step += 2 + 1 if masked else 0  # a mask's application reads weight and mask, and writes the weight
+    weights = {network: sum(weight.numel() for weight in network.parameters()) for network in networks}
+    return counter.get_total_flops(), 4 * sum(weights[network] * (networks[network] + step) for network in networks)
 
 
 def mask_share(task: str, width: int, device: torch.device) -> float:
@@ -169,6 +173,11 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def spread(values: list[float], form: str) -> str:
+    """Smallest, median and largest; nothing of no values."""
+    return ", ".join(format(f(values), form) for f in (min, statistics.median, max)) if values else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -238,12 +247,10 @@ def main() -> None:
         memory = "peak_gpu_memory_gb" if device.type == "cuda" else "peak_memory_gb"
         row["memory_gb"] = max(result[memory] for result in results)
         row["startup_s"] = statistics.median(result["startup_s"] for result in results)
-        dense = found.get((task, width or args.widths[0], "dense"), results)
+        dense = found.get((task, width or args.widths[0], "dense"), [])
         row["over_dense"] = sorted(value / base["ms_per_step"] for value, base in zip(ms, dense))
         rows.append(row)
-        low, high = row["steps_per_second"][0], row["steps_per_second"][-1]
-        speed = f"{low:,.0f}, {statistics.median(row['steps_per_second']):,.0f}, {high:,.0f}"
-        over = f"{row['over_dense'][0]:.3f}, {statistics.median(row['over_dense']):.3f}, {row['over_dense'][-1]:.3f}"
+        speed, over = spread(row["steps_per_second"], ",.0f"), spread(row["over_dense"], ".3f")
         limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if width else ""
         print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} | {limit} ", end="")
         masks = f"{row['mask_share']:.1%}" if row["mask_share"] else ""

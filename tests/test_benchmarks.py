@@ -1,10 +1,23 @@
-"""The machine's limit in benchmarks/throughput.py, against FLOPs and bytes counted by hand."""
+"""The benchmarks start; and the machine's limit in throughput.py, against FLOPs and bytes counted by hand."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
+from conftest import ROOT
 
-from benchmarks.throughput import update_cost
+from benchmarks.throughput import spread, update_cost
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("benchmark", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_starts_as_its_docstring_says(benchmark):
+    command = [sys.executable, f"benchmarks/{benchmark}", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert ended.returncode == 0 and f"python benchmarks/{benchmark}" in ended.stdout, ended.stderr
 
 
 def test_flops_of_the_nature_network():
@@ -22,7 +35,31 @@ def test_flops_of_sac():
     assert update_cost("sac-mlp", 1, False, CPU)[0] == 256 * (actor_loss + critic_loss)
 
 
-def test_bytes():
+ADAM = "weight gradient mean variance -> weight mean variance"
+MASK = "weight mask -> weight"
+
+
+def traffic(*operations: str) -> int:
+    """Tensors that these operations read and write."""
+    return sum(len(operation.replace("->", "").split()) for operation in operations)
+
+
+def test_bytes_of_dqn():
     weights = 32 * 4 * 64 + 64 * 32 * 16 + 64 * 64 * 9 + 7744 * 512 + 512 * 4 + (32 + 64 + 64 + 512 + 4)
-    assert update_cost("dqn", 1, False, CPU)[1] == 4 * 11 * weights
-    assert update_cost("dqn", 1, True, CPU)[1] == 4 * 14 * weights
+    update = ["target ->", "weight ->", "weight -> gradient", ADAM]  # two forward passes, one back
+    assert update_cost("dqn", 1, False, CPU)[1] == 4 * weights * traffic(*update)
+    assert update_cost("dqn", 1, True, CPU)[1] == 4 * weights * traffic(*update, MASK)
+
+
+def test_bytes_of_sac():
+    actor = 17 * 256 + 256 * 256 + 256 * 12 + (256 + 256 + 12)
+    critics = 2 * (23 * 256 + 256 * 256 + 256 + (256 + 256 + 1))
+    of_actor = ["weight ->", "weight -> gradient", ADAM, MASK, "weight ->"]  # its own loss, then the next action
+    of_critics = ["weight ->", "weight ->"]  # the actor's loss: forward, and back to the action
+    of_critics += ["target ->", "weight ->", "weight -> gradient", ADAM, MASK, "weight target -> target"]
+    expected = 4 * (actor * traffic(*of_actor) + critics * traffic(*of_critics))
+    assert update_cost("sac-mlp", 1, True, CPU)[1] == expected
+
+
+def test_a_spread_of_nothing_is_an_empty_cell():
+    assert spread([3.0, 1.0, 1.5], ".2f") == "1.00, 1.50, 3.00" and spread([], ".2f") == ""
