@@ -54,7 +54,8 @@ def filled_tree(size: int, fan_out: int) -> tree.Priorities:
 def sampling_against_capacity(path: Path) -> None:
     sizes, fan_outs = [10_000, 100_000, 1_000_000, 10_000_000], [2, 16, 64, 128, 256, 1024]
     chosen = tree.FAN_OUT
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    plt.style.use(ROOT / "utils" / "style.mplstyle")
+    figure, axes = plt.subplots(figsize=(8, 4))
     rows = {fan_out: [] for fan_out in fan_outs}
     for size in sizes:
         actions = {}
@@ -78,10 +79,8 @@ def sampling_against_capacity(path: Path) -> None:
         axes.plot(sizes, values, "o-", markersize=4, label=f"fan-out {fan_out}", **style)
     axes.set(xscale="log", xlabel="capacity", ylabel="µs for 32 draws and 32 updates", ylim=(0, None))
     axes.set(title="Prioritised sampling, one CPU core")
-    figure.legend(loc="outside right center", frameon=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.legend(loc="outside right center")
+    figure.savefig(path)
 
 
 def share_of_an_update(capacity: int) -> None:

@@ -156,7 +156,8 @@ def write_data(folder: str) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    plt.style.use(ROOT / "utils" / "style.mplstyle")
+    figure, axes = plt.subplots(figsize=(6, 4))
     for task, method in dict.fromkeys((row["task"], row["method"]) for row in rows if row["width"]):
         line = [row for row in rows if (row["task"], row["method"]) == (task, method)]
         axes.plot(
@@ -167,10 +168,8 @@ def draw(rows: list[dict], path: Path) -> None:
         widths = sorted(width for name, width in limits if name == task)
         axes.plot(widths, [limits[task, width] for width in widths], "k:", label=f"{task}, the machine's limit")
     axes.set(xlabel="width", ylabel="ms per update", yscale="log")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    axes.legend()
+    figure.savefig(path)
 
 
 def spread(values: list[float], form: str) -> str:

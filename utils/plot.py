@@ -4,8 +4,8 @@
     python -m utils.plot "runs/*" --by method --scalars "sparsity/*"
 
 It writes a PNG and a PDF. Runs whose flags in `--by` agree are one line, the mean over them, with a band: the 95 %
-bootstrap interval of that mean. Each environment has a row of panels, each logged scalar a panel. Every value is a mean
-over the last twentieth of the run.
+bootstrap interval of that mean. Each environment has a row of panels, each logged scalar a panel. Every line is
+a running mean over one twentieth of the run.
 """
 
 import fnmatch
@@ -21,40 +21,34 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from utils.results import LoggedRun, find_runs, group_runs, mean_curve, read_scalars, warn
+from utils.results import LoggedRun, fail, find_runs, group_runs, mean_curve, read_scalars, save_figure, warn
 
 POINTS = 100  # of a curve
 WINDOW = 0.05  # share of the run over which returns are averaged
-plt.rcParams["axes.prop_cycle"] = plt.cycler(  # Okabe and Ito (2008): told apart without seeing red or green
-    color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-)
+styled = plt.style.context(Path(__file__).with_name("style.mplstyle"))
 
 
-def tidy(axes: plt.Axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
+@styled
 def learning_curve(episodes: list[tuple[int, float, int]], title: str, path: Path) -> None:
     """Draws return against agent steps to a PNG: every episode as a dot, a running mean as a line.
 
     Args:
         episodes: (step, return, length) in the order in which they ended.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4))
     if episodes:
         step, value, _ = np.array(episodes).T
         window = max(1, len(value) // 20)
         smooth = np.convolve(value, np.ones(window) / window, mode="valid")
         axes.plot(step, value, ".", color="#56B4E9", markersize=3, alpha=0.5, label="episode")
-        axes.plot(step[window - 1 :], smooth, color="#0072B2", linewidth=2, label=f"mean of {window} episodes")
-        axes.legend(frameon=False)
+        axes.plot(step[window - 1 :], smooth, color="#0072B2", label=f"mean of {window} episodes")
+        axes.legend()
     axes.set(title=title, xlabel="agent steps", ylabel="episodic return")
-    tidy(axes)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
     plt.close(figure)
 
 
+@styled
 def offline_curve(
     episodes: list[tuple[int, float, int]], q_history: list[tuple[int, float, float]], title: str, path: Path
 ) -> None:
@@ -64,12 +58,12 @@ def offline_curve(
         episodes: (update, return, length) of the evaluations' episodes.
         q_history: (update, data Q, policy Q), of single mini-batches.
     """
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True)
     update, value, _ = np.array(episodes).T
     evaluations = np.unique(update)
     means = [value[update == evaluation].mean() for evaluation in evaluations]
     top.plot(update, value, ".", color="#56B4E9", markersize=3, alpha=0.5, label="episode")
-    top.plot(evaluations, means, ".-", color="#0072B2", linewidth=2, label="mean of an evaluation")
+    top.plot(evaluations, means, ".-", color="#0072B2", label="mean of an evaluation")
     top.set(title=title, ylabel="episodic return")
     if q_history:
         update, data_q, policy_q = np.array(q_history).T
@@ -78,9 +72,8 @@ def offline_curve(
     bottom.set(xlabel="updates", ylabel="Q")
     for axes in (top, bottom):
         if axes.lines:
-            axes.legend(frameon=False)
-        tidy(axes)
-    figure.savefig(path, dpi=150)
+            axes.legend()
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -107,9 +100,8 @@ def draw(axes: plt.Axes, groups: dict[str, list[np.ndarray]], steps: float) -> N
         curves = np.stack([smooth_curve(*rows.T, grid, WINDOW * steps) for rows in series])
         middle, low, high = mean_curve(curves)
         style = ("-", "--", ":", "-.")[number // 7 % 4]  # the colours repeat after seven
-        (line,) = axes.plot(grid, middle, style, linewidth=2, label=f"{label} ({len(series)})")
+        (line,) = axes.plot(grid, middle, style, label=f"{label} ({len(series)})")
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    tidy(axes)
 
 
 @dataclass
@@ -143,7 +135,7 @@ def figure_of(runs: Sequence[LoggedRun], by: Sequence[str], patterns: Sequence[s
     rows = math.ceil((1 + len(tags)) / columns)  # of one environment
     width, height = (7, 4) if columns == 1 else (4.4, 3)
     size = (width * columns, height * rows * len(environments))
-    figure, panels = plt.subplots(rows * len(environments), columns, figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(rows * len(environments), columns, figsize=size, squeeze=False)
     for row, ((env_id,), members) in zip(panels.reshape(len(environments), -1), environments.items()):
         groups = {label_of(by, values): group for values, group in group_runs(members, by).items()}
         steps = max(run.total_steps for run in members)
@@ -151,7 +143,7 @@ def figure_of(runs: Sequence[LoggedRun], by: Sequence[str], patterns: Sequence[s
             draw(axes, {label: [series(run, tag, logged) for run in group] for label, group in groups.items()}, steps)
             axes.set(title=env_id, ylabel=tag)
             axes.set_xlabel("updates" if "total_updates" in members[0].args else "agent steps")
-        row[0].legend(frameon=False, fontsize="small", title=", ".join(by) + " (runs)", title_fontsize="small")
+        row[0].legend(fontsize="small", title=", ".join(by) + " (runs)", title_fontsize="small")
         for axes in row[1 + len(tags) :]:
             axes.remove()
     return figure
@@ -161,23 +153,20 @@ def series(run: LoggedRun, tag: str, logged: dict[Path, dict]) -> np.ndarray:
     return run.episodes[:, :2] if tag == "episodic return" else logged[run.folder].get(tag, np.empty((0, 2)))
 
 
+@styled
 def main(args: Args) -> None:
     """Draws the runs' curves to `args.out`.png and .pdf."""
     runs = find_runs(args.runs)
     by = [name.strip().replace("-", "_") for name in args.by.split(",")]
     for name in by:
         if all(name not in run.args for run in runs):
-            raise SystemExit(f"error: --by: got {name}, takes names of flags, such as width,method,seed")
+            fail(f"--by: got {name}, takes names of flags, such as width,method,seed")
     for run in runs:
         if not run.finished:
             last = run.episodes[-1, 0] if len(run.episodes) else 0
             warn(f"{run.folder} is not finished: step {last:,.0f} of {run.total_steps:,}; drawn as far as it goes")
     figure = figure_of(runs, by, args.scalars)
-    for suffix in (".png", ".pdf"):
-        path = args.out.with_name(args.out.name + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        print(f"wrote {path}")
+    save_figure(figure, args.out)
     plt.close(figure)
 
 
