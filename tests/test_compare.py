@@ -42,9 +42,9 @@ def test_scores_intervals_and_improvement(run, compared):
     rows, (axes,), out, _ = compared()
     (rows,) = rows.values()
     assert [(row.width, row.method, row.sparsity, row.runs) for row in rows] == [
-        (1, "dense", 0.0, 4),
-        (1, "gmp", 0.9, 4),
-        (4, "gmp", 0.9, 1),
+        (1, "dense", "0", 4),
+        (1, "gmp", "0.9", 4),
+        (4, "gmp", "0.9", 1),
     ]
     assert [row.score.value for row in rows] == [2.5, 8.5, 7.0]  # of four runs, the middle two
     assert rows[0].score.low >= 1 and rows[0].score.high <= 10 and rows[0].score.low < 2.5 < rows[0].score.high
@@ -116,17 +116,35 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_shown(run, logged_run,
         assert any(name in line and why in line for line in notes.splitlines()), name
 
 
-def test_nothing_to_compare(run, compared, tmp_path):
+def test_sparsities_of_actor_and_critic(run, compared):
+    run("a", 1.0, method="random", sparsity=0.8, actor_sparsity=None, critic_sparsity=None)
+    run("b", 1.0, method="random", sparsity=0.5, actor_sparsity=0.8, critic_sparsity=0.8)
+    run("c", 2.0, method="random", sparsity=0.9, actor_sparsity=0.0, critic_sparsity=None)
+    run("d", 3.0, method="random", sparsity=0.9, actor_sparsity=0.0, critic_sparsity=0.5)
+    run("e", 4.0, method="dense", sparsity=0.8, mask_seed=3)
+    run("f", 4.0, method="dense", sparsity=0.9, diagnostics_every=10)
+    rows, (axes,), out, notes = compared()
+    expected = [("dense", "0", 2), ("random", "0 / 0.5", 1), ("random", "0 / 0.9", 1), ("random", "0.8", 2)]
+    assert [(row.method, row.sparsity, row.runs) for row in rows["CartPole-v1"]] == expected
+    assert "| 1 | random | 0 / 0.9 | 1 | 2 [2, 2] |" in out
+    labels = [container.get_label() for container in axes.containers]
+    assert labels == ["dense", "random 0 / 0.5", "random 0 / 0.9", "random 0.8"]
+    assert "differ" not in notes  # of one kind
+
+
+def test_nothing_to_compare(run, compared, tmp_path, capsys):
     run("half", 1.0, finished=False)
-    with pytest.raises(SystemExit, match="none of these runs can be compared"):
+    with pytest.raises(SystemExit, match="2"):
         compared()
-    with pytest.raises(SystemExit, match="matches no folder"):
+    assert "error: none of these runs can be compared\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
         compare.main(compare.Args((str(tmp_path / "none/*"),)))
+    assert "matches no folder\n" in capsys.readouterr().err
 
 
 def test_an_interval_never_turns_round():
     """A bootstrap's interval may lie beside the value; the bar then has no length on that side."""
-    row = compare.Row(1, "gmp", 0.9, 2, compare.Estimate(1.0, 1.2, 1.5), None, None, 0.0)
+    row = compare.Row(1, "gmp", "0.9", 2, compare.Estimate(1.0, 1.2, 1.5), None, None, 0.0)
     axes = plt.figure().subplots()
     compare.draw(axes, [row], "", "")
     (segment,) = axes.containers[0][2][0].get_segments()

@@ -26,11 +26,13 @@ from utils.results import (
     Estimate,
     LoggedRun,
     cost,
+    fail,
     find_runs,
     group_runs,
     human_normalised,
     improvement,
     load_model,
+    save_figure,
     summarise,
     training_seconds,
     warn,
@@ -44,9 +46,10 @@ STYLES = {  # of each method, colours of Okabe and Ito (2008); in this order
     "rigl": ("#009E73", "D"),
 }
 OTHER = ("#CC79A7", "P")  # one that you added
-# Flags in which runs may differ and still be of one kind
+# Flags in which runs may differ and still be of one kind, or that the kind itself says
 NOT_COMPARED = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 NOT_COMPARED |= {"resume", "save_dataset", "eval_episodes", "eval_epsilon", "capture_video", "total_timesteps"}
+NOT_COMPARED |= {"cuda_graph", "diagnostics_every", "mask_seed", "sparsity", "actor_sparsity", "critic_sparsity"}
 
 
 @dataclass
@@ -58,11 +61,11 @@ class Args:
 
 
 class Row(NamedTuple):
-    """The runs of one width, method and final sparsity."""
+    """The runs of one kind: of one width, method and final sparsity."""
 
     width: int
     method: str
-    sparsity: float
+    sparsity: str
     runs: int
     score: Estimate
     better: Estimate | None  # the probability that a run beats a dense one of this width
@@ -70,9 +73,29 @@ class Row(NamedTuple):
     minutes: float
 
 
-def order(width: int, method: str, sparsity: float) -> tuple:
+def order(width: int, method: str, sparsity: str) -> tuple:
     """For sorting: by width, then the methods as in STYLES and others after them, then sparsity."""
     return width, [*STYLES, method].index(method), method, sparsity
+
+
+def sparsity_of(args: dict) -> str:
+    """The final sparsity that a run's flags say; "0 / 0.9" if SAC's actor and critic differ, "0" of a dense run."""
+    if args["method"] == "dense":
+        return "0"
+    own = [args.get(f"{net}_sparsity") for net in ("actor", "critic")]
+    return " / ".join(dict.fromkeys(f"{args['sparsity'] if value is None else value:g}" for value in own))
+
+
+def kinds_of(runs: Sequence[LoggedRun]) -> dict[tuple[int, str, str], list[LoggedRun]]:
+    """The runs by width, method and final sparsity, in this order."""
+    kinds: dict[tuple, list[LoggedRun]] = {}
+    for run in runs:
+        kinds.setdefault((run.args["width"], run.args["method"], sparsity_of(run.args)), []).append(run)
+    return dict(sorted(kinds.items(), key=lambda item: order(*item[0])))
+
+
+def label_of(method: str, sparsity: str) -> str:
+    return method if method == "dense" else f"{method} {sparsity}"
 
 
 def games_of(runs: Sequence[LoggedRun]) -> list[str]:
@@ -99,14 +122,9 @@ def cost_of(run: LoggedRun) -> Cost | None:
 
 def rows_of(runs: Sequence[LoggedRun]) -> list[Row]:
     """The rows of one table, by width, dense first."""
-    groups: dict[tuple, list[LoggedRun]] = {}
-    for run in runs:
-        method = run.args["method"]
-        sparsity = 0.0 if method == "dense" else run.args["sparsity"]
-        groups.setdefault((run.args["width"], method, sparsity), []).append(run)
-    rows = []
-    for (width, method, sparsity), group in sorted(groups.items(), key=lambda item: order(*item[0])):
-        dense = groups.get((width, "dense", 0.0))
+    kinds, rows = kinds_of(runs), []
+    for (width, method, sparsity), group in kinds.items():
+        dense = kinds.get((width, "dense", "0"))
         better = None
         if dense and method != "dense" and games_of(dense) == games_of(group):
             better = improvement(scores_of(group), scores_of(dense))
@@ -127,7 +145,7 @@ def markdown(rows: Sequence[Row], score_name: str) -> str:
         better = f"{row.better.value:.2f} [{row.better.low:.2f}, {row.better.high:.2f}]" if row.better else ""
         kept = f"{row.cost.kept:,} of {row.cost.total:,}" if row.cost else ""
         flops = f"{row.cost.flops / 1e6:.3g}" if row.cost else ""
-        cells = (row.width, row.method, f"{row.sparsity:g}", row.runs, score, better, kept, flops, f"{row.minutes:.1f}")
+        cells = (row.width, row.method, row.sparsity, row.runs, score, better, kept, flops, f"{row.minutes:.1f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -149,16 +167,13 @@ def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> No
             color=color,
             marker=marker,
             capsize=3,
-            linewidth=2,
             linestyle="--" if name == "dense" else "-",
-            markerfacecolor=None if sparsity in (0, highest) else "white",
-            label=name if name == "dense" else f"{name} {sparsity:g}",
+            markerfacecolor=None if sparsity in ("0", highest) else "white",
+            label=label_of(name, sparsity),
         )
     axes.set_xticks(range(len(widths)), [f"{width}" for width in widths])
     axes.set(title=title, xlabel="width", ylabel=score_name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(fontsize="small")
 
 
 def comparable(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
@@ -174,10 +189,11 @@ def comparable(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
         else:
             kept.append(run)
     if not kept:
-        raise SystemExit("error: none of these runs can be compared")
+        fail("none of these runs can be compared")
     return kept
 
 
+@plt.style.context(Path(__file__).with_name("style.mplstyle"))
 def main(args: Args) -> dict[str, list[Row]]:
     """Prints the tables, writes the figure, and returns the rows of each table by its title."""
     tables: dict[str, list[LoggedRun]] = {}
@@ -187,7 +203,7 @@ def main(args: Args) -> dict[str, list[Row]]:
         tables.setdefault(f"{task}, {run.args['script']}" if run.args["script"] else task, []).append(run)
     if len(tables) > 1:
         warn(f"runs of {'; '.join(tables)}: one table for each")
-    figure, panels = plt.subplots(1, len(tables), figsize=(6.5 * len(tables), 4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(tables), figsize=(6.5 * len(tables), 4), squeeze=False)
     results = {}
     for axes, (name, runs) in zip(panels[0], tables.items()):
         games = games_of(runs)
@@ -196,8 +212,8 @@ def main(args: Args) -> dict[str, list[Row]]:
             warn(
                 f"{name}: runs of different lengths ({', '.join(f'{total:,}' for total in totals)} steps) side by side"
             )
-        for (width, method, sparsity), group in group_runs(runs, ["width", "method", "sparsity"]).items():
-            which = f"{name}: {method} {sparsity:g} at width {width}"
+        for (width, method, sparsity), group in kinds_of(runs).items():
+            which = f"{name}: {label_of(method, sparsity)} at width {width}"
             if games_of(group) != games:
                 warn(f"{which} lacks games that others have")
             first = group[0].args
@@ -215,11 +231,7 @@ def main(args: Args) -> dict[str, list[Row]]:
         draw(axes, results[title], f"{title} ({seeds})", score_name)
     print("MFLOPs: forward pass of one observation, two for each kept weight at each place where it is applied")
     print("minutes: wall-clock of a run, median; it tells methods apart only where runs had the machine alike")
-    for suffix in (".png", ".pdf"):
-        path = args.out.with_name(args.out.name + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        print(f"wrote {path}")
+    save_figure(figure, args.out)
     plt.close(figure)
     return results
 
