@@ -3,7 +3,6 @@
 Plain functions of tensors and modules, for a notebook or a script. None changes what it measures.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +15,11 @@ TAUS = (0.0, 0.025, 0.1)  # the thresholds of Sokar et al. (2023)
 
 
 class _Relus(TorchFunctionMode):
-    """Keeps the output of each ReLU under the name of the layer that ran last, and which took just its output."""
+    """Keeps the output of each ReLU by the name of the layer that ran last.
+
+    `direct`: the layers whose output goes into a ReLU unchanged, with no sum or pooling between. Only there does a unit
+    without an incoming weight show nothing but its bias.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,10 +132,9 @@ def feature_norm(features: torch.Tensor) -> float:
     return features.norm(dim=1).mean().item()
 
 
-def weight_norms(network: nn.Module) -> dict[str, float]:
-    """L2 norm of each parameter, and of all together as "total"; biases and normalisations included."""
-    norms = {name: parameter.detach().norm().item() for name, parameter in network.named_parameters()}
-    return norms | {"total": math.sqrt(sum(norm**2 for norm in norms.values()))}
+def weight_norm(network: nn.Module) -> float:
+    """L2 norm of all parameters together; biases and normalisations included."""
+    return torch.stack([parameter.detach().norm() for parameter in network.parameters()]).norm().item()
 
 
 def gradient_cosines(
@@ -212,8 +214,8 @@ def report(
 
     Args:
         inputs: tensors (B, ...), a sample of the replay that is larger than a mini-batch; 256 in the papers' code.
-        masks: those of the network's weights by their names; may be empty. Units are looked through for a missing input
-            only where the ReLU takes just its layer's output, not where a residual connection adds to it.
+        masks: those of the network's weights by their names; may be empty. Units without an incoming weight are counted
+            apart, but not in a layer whose output reaches its ReLU by way of a sum or a pooling.
         prefix: of the tags.
     """
     relus = _record(network, *inputs)
@@ -227,4 +229,4 @@ def report(
     features = list(relus.found.values())[-1][None] if relus.encoded is None else relus.encoded  # (n, B, units)
     for name, function in (("srank", srank), ("stable_rank", stable_rank), ("feature_norm", feature_norm)):
         scalars[f"{prefix}/{name}"] = sum(map(function, features)) / len(features)
-    return scalars | {f"{prefix}/weight_norm": weight_norms(network)["total"]}
+    return scalars | {f"{prefix}/weight_norm": weight_norm(network)}
