@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -43,19 +45,18 @@ def run_script(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndarray]:
+    """`script.main` in this process, on the CPU: the run's folder, and the returns of its last evaluation."""
+    before = set(runs_dir.glob("*"))
+    returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "cuda": False, "eval_episodes": 1} | flags))
+    (folder,) = [Path(flags["resume"]).parent] if "resume" in flags else set(runs_dir.glob("*")) - before
+    return folder, returns
+
+
 @pytest.fixture
 def train(tmp_path):
     """Runs dqn_sparse on CartPole for a few hundred steps, in this process; gives the run's folder."""
-
-    def train(**flags) -> Path:
-        runs_dir = tmp_path / "runs"
-        before = set(runs_dir.glob("*"))
-        dqn_sparse.main(dqn_sparse.Args(**CARTPOLE | {"runs_dir": str(runs_dir)} | flags))
-        if "resume" in flags:
-            return Path(flags["resume"]).parent
-        return (set(runs_dir.glob("*")) - before).pop()
-
-    return train
+    return lambda **flags: run_main(dqn_sparse, tmp_path / "runs", **CARTPOLE | flags)[0]
 
 
 @pytest.fixture

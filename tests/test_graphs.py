@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CARTPOLE, run_main
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cql_pruned
 import dqn_sparse
 import rainbow_pruned
 import sac_sparse
-from tests.conftest import CARTPOLE
 from utils import graphs
 
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero")
@@ -77,9 +77,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def trained(script, runs_dir: Path, flags: dict) -> dict:
-    script.main(script.Args(**flags | {"runs_dir": str(runs_dir)}))
-    (folder,) = runs_dir.iterdir()
-    return torch.load(folder / "model.pt", weights_only=True)
+    return torch.load(run_main(script, runs_dir, **flags)[0] / "model.pt", weights_only=True)
 
 
 # 400 updates, so that several lie between two changes of a mask
@@ -116,10 +114,10 @@ def test_replays_train_the_same_weights(run, tmp_path, monkeypatch):
     assert same(eager["networks"], replayed["networks"]) and same(eager["masks"], replayed["masks"])
 
 
-def test_replays_train_the_same_weights_offline(tmp_path, monkeypatch):
-    dqn_sparse.main(dqn_sparse.Args(**CARTPOLE | {"runs_dir": str(tmp_path), "save_dataset": str(tmp_path / "data")}))
-    flags = {"dataset": str(tmp_path / "data"), "network": "mlp", "total_updates": 400, "eval_episodes": 1}
-    flags |= {"eval_every": 50, "loss": "c51", "cuda": False, "method": "gmp"}
+def test_replays_train_the_same_weights_offline(train, tmp_path, monkeypatch):
+    train(save_dataset=str(tmp_path / "data"))
+    flags = {"dataset": str(tmp_path / "data"), "network": "mlp", "total_updates": 400, "eval_every": 50}
+    flags |= {"loss": "c51", "method": "gmp"}
     eager = trained(cql_pruned, tmp_path / "eager", flags)
     monkeypatch.setattr(cql_pruned, "cuda_graph", recorded_on_cpu)
     replayed = trained(cql_pruned, tmp_path / "replayed", flags)

@@ -17,7 +17,6 @@ from utils.masks import erk_densities, prunable
 from utils.priorities import Priorities
 from utils.replay import Batch, Replay
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 ATARI = Box(0, 255, (4, 84, 84), np.uint8)
 TINY = {
