@@ -5,11 +5,12 @@ import gzip
 import io
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 from gymnasium.spaces import Box
+
+from utils.offline import chunks_in, layout_of, store_path
 
 
 class Store:
@@ -21,7 +22,7 @@ class Store:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Makes an empty store of rows of this shape and dtype."""
-        self.shape, self.dtype, self.rows = shape, np.dtype(dtype), 0
+        self.shape, self.dtype, self.rows = shape, dtype, 0
         self.file = path.open("xb")
         self._write_header()
 
@@ -79,15 +80,8 @@ class DatasetWriter:
             raise FileExistsError(errno.ENOTEMPTY, "it is not empty", folder)
         if env_id:
             (self.folder / "dataset.json").write_text(json.dumps({"env_id": env_id}) + "\n")
-        self.layout = {
-            "observation": (space.shape[1:] if stack > 1 else space.shape, space.dtype),
-            "action": ((), np.int32),
-            "reward": ((), np.float32),
-            "terminal": ((), np.uint8),
-            "truncation": ((), np.uint8),
-        }
-        taken = [int(k) for path in self.folder.iterdir() for k in re.findall(r"_ckpt\.(\d+)\.gz$", path.name)]
-        self.next_chunk = max(taken, default=-1) + 1
+        self.layout = layout_of(space, stack)
+        self.next_chunk = max(chunks_in(self.folder), default=-1) + 1
         self.chunks: dict[int, tuple[int, dict[str, Store]]] = {}  # each environment's, from its first rows on
         self.waiting = [[] for _ in range(num_envs)]  # rows not yet on the disk
         self.just_ended = np.zeros(num_envs, dtype=bool)
@@ -95,7 +89,7 @@ class DatasetWriter:
 
     def _new_chunk(self) -> tuple[int, dict[str, Store]]:
         k, self.next_chunk = self.next_chunk, self.next_chunk + 1
-        stores = {n: Store(self.folder / f"$store$_{n}_ckpt.{k}.gz", *self.layout[n]) for n in self.layout}
+        stores = {n: Store(store_path(self.folder, n, k), *self.layout[n]) for n in self.layout}
         return k, stores
 
     def add(

@@ -46,6 +46,32 @@ class Rows(NamedTuple):
     first: np.ndarray  # (blocks,) the row at which each block begins; blocks do not continue one another
 
 
+def layout_of(space: Box, stack: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Each store of a set, with the shape and the type of its rows.
+
+    Args:
+        space: of one observation.
+        stack: frames in its first dimension, the newest last; 1 for vectors.
+    """
+    return {
+        "observation": (space.shape[1:] if stack > 1 else space.shape, space.dtype),
+        "action": ((), np.dtype(np.int32)),
+        "reward": ((), np.dtype(np.float32)),
+        "terminal": ((), np.dtype(np.uint8)),
+        "truncation": ((), np.dtype(np.uint8)),
+    }
+
+
+def store_path(folder: Path, name: str, k: int) -> Path:
+    return folder / f"$store$_{name}_ckpt.{k}.gz"
+
+
+def chunks_in(folder: Path) -> list[int]:
+    """The numbers of the chunks in `folder`, in order."""
+    names = "\n".join(path.name for path in folder.iterdir())
+    return sorted({int(k) for k in re.findall(r"^\$store\$_\w+_ckpt\.(\d+)\.gz$", names, re.M)})
+
+
 def dataset_env_id(source: str) -> str | None:
     """The environment that a set says it is from: by Minari, `dataset.json`, or the path of the published sets."""
     if source.startswith("minari:"):
@@ -78,16 +104,9 @@ def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int
     Raises:
         DatasetError: the set is missing, damaged, or of another kind of environment.
     """
-    shape = space.shape[1:] if stack > 1 else space.shape
+    layout = layout_of(space, stack)
     if source.startswith("minari:"):
-        return read_minari(source, shape, space.dtype, fraction, seed)
-    layout = {
-        "observation": (shape, space.dtype),
-        "action": ((), np.dtype(np.int32)),
-        "reward": ((), np.dtype(np.float32)),
-        "terminal": ((), np.dtype(np.uint8)),
-        "truncation": ((), np.dtype(np.uint8)),
-    }
+        return read_minari(source, *layout["observation"], fraction, seed)
     folder = Path(source)
     if not folder.is_dir():
         raise DatasetError(f"{folder} is no folder")
@@ -109,8 +128,7 @@ def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int
 
 def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int | None, made_from: str) -> None:
     """Writes the kept rows of every store to one npy file in `cache`, and `made_from` beside them."""
-    names = "\n".join(path.name for path in folder.iterdir())
-    chunks = sorted({int(k) for k in re.findall(r"^\$store\$_\w+_ckpt\.(\d+)\.gz$", names, re.M)})
+    chunks = chunks_in(folder)
     if not chunks:
         raise DatasetError(f"{folder} holds no $store$_observation_ckpt.0.gz or its like")
     given = [n for n in layout if n != "truncation" or any(folder.glob("$store$_truncation_ckpt.*.gz"))]
@@ -133,7 +151,7 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total, *shape)}
             np.lib.format.write_array_header_1_0(out, header)
             for k, start, rows in blocks:
-                pieces = read_rows(store(folder, name, k), start, rows) if name in given else [bytes(rows)]
+                pieces = read_rows(store_path(folder, name, k), start, rows) if name in given else [bytes(rows)]
                 for piece in pieces:
                     out.write(piece)
                 if name == "observation":  # the others are nothing beside it
@@ -143,10 +161,6 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
     (beside / "made_from.json").write_text(made_from)
     shutil.rmtree(cache, ignore_errors=True)
     beside.rename(cache)
-
-
-def store(folder: Path, name: str, k: int) -> Path:
-    return folder / f"$store$_{name}_ckpt.{k}.gz"
 
 
 def block(rows: int, fraction: float, rng: np.random.Generator | None) -> tuple[int, int]:
@@ -163,7 +177,7 @@ def whole_rows(folder: Path, k: int, layout: dict) -> int:
     """
     lengths = {}
     for name, (shape, dtype) in layout.items():
-        path = store(folder, name, k)
+        path = store_path(folder, name, k)
         with open_store(path) as (_, (rows, *found_shape), found_dtype):
             lengths[path] = rows
         if (tuple(found_shape), found_dtype) != (shape, dtype):
