@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from utils.dataset import DatasetWriter
-from utils.offline import DatasetError, OfflineReplay, dataset_env_id, find_transitions, read_dataset
+from utils.offline import dataset_env_id, read_dataset
+from utils.offline_replay import DatasetError, OfflineReplay, find_transitions
 
 CPU = torch.device("cpu")
 GAMMA = 0.9
