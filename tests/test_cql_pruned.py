@@ -13,10 +13,10 @@ from conftest import run_main
 from gymnasium.spaces import Box
 
 import cql_pruned
-from cql_pruned import Args, cql_regularizer, loss_terms, make_network, project, q_values
+from cql_pruned import Args, cql_regularizer, loss_terms, make_network, preset, project, q_values
 from utils.dataset import DatasetWriter
 from utils.replay import Batch
-from utils.runs import read_episodes
+from utils.runs import parse_args, read_episodes
 
 CARTPOLE = gym.make("CartPole-v1").observation_space
 
@@ -149,11 +149,11 @@ def test_values_of_the_paper(loss, tmp_path, monkeypatch):
     DatasetWriter(str(tmp_path / "set"), 1, CARTPOLE, 1, env_id="ALE/Pong-v5")
     flags = ["--dataset", str(tmp_path / "set"), "--loss", loss]
     monkeypatch.setattr(sys, "argv", ["cql_pruned.py", *flags])
-    args = vars(cql_pruned.parse())
+    args = vars(parse_args(Args, preset))
     expected = PAPER[loss] | BOTH | {"target_network_frequency": TARGET[loss]}
     assert {name: args[name] for name in expected} == expected
     monkeypatch.setattr(sys, "argv", ["cql_pruned.py", *flags, "--env-id", "CartPole-v1", "--n-step", "2"])
-    args = cql_pruned.parse()
+    args = parse_args(Args, preset)
     assert (args.network, args.n_step, args.dueling) == ("mlp", 2, loss == "c51")
 
 
