@@ -43,7 +43,8 @@ from utils.masks import (
     random_mask,
     uniform_densities,
 )
-from utils.offline import DatasetError, OfflineReplay, dataset_env_id, read_dataset
+from utils.offline import DatasetError, dataset_env_id, read_dataset
+from utils.offline_replay import OfflineReplay
 from utils.plot import offline_curve
 from utils.replay import Batch
 from utils.runs import (

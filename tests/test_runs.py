@@ -108,6 +108,13 @@ def test_bad_input_ends_with_one_line(refused, flags, names):
     assert re.match(names, line), line
 
 
+def test_an_environment_whose_package_is_absent(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    assert refused("--env-id", "LunarLander-v3").startswith(
+        "--env-id: cannot make LunarLander-v3: Box2D is not installed"
+    )
+
+
 def test_an_unwritable_run_folder(refused, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     assert refused(*TINY, "--runs-dir", "file/runs").startswith("--runs-dir: cannot write")

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 import dqn_sparse
 import sac_sparse
 from sac_sparse import CLEANRL, PENDULUM, Args, RSNorm, make_networks
+from utils.envs import make_envs, unknown_env
 from utils.masks import erk_densities, prunable, random_mask
 from utils.replay import Batch
 
@@ -651,10 +653,6 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(tmp_path, cap
 
 
 def test_deepmind_control_as_in_the_paper():
-    pytest.importorskip("shimmy")
-    pytest.importorskip("dm_control")
-    from utils.envs import make_envs, unknown_env
-
     assert unknown_env("dm_control/cheetah-run-v0") is None
     envs = make_envs("dm_control/cheetah-run-v0", 2, action_repeat=2)
     assert envs.single_observation_space.shape == (17,) and envs.single_action_space.shape == (6,)
@@ -669,11 +667,14 @@ def test_deepmind_control_as_in_the_paper():
     envs.close()
 
 
+def test_deepmind_control_in_a_process_that_has_not_looked_for_it():
+    """As `python -m utils.evaluate` makes it."""
+    made = run_script("-c", "from utils.envs import make_envs; make_envs('dm_control/cheetah-run-v0', 1)")
+    assert made.returncode == 0, made.stderr
+
+
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Humanoid-v5", "dm_control/cheetah-run-v0"])
 def test_real_environments_train(tmp_path, small_simba, env_id):
-    pytest.importorskip("mujoco")
-    if env_id.startswith("dm_control"):
-        pytest.importorskip("shimmy")
     flags = {"network": "simba", "sparsity": 0.8, "total_timesteps": 30, "batch_size": 4, "utd": 1.0}
     returns = sac_sparse.main(small(tmp_path, env_id=env_id, **flags))
     args = load(run_folder(tmp_path) / "model.pt")["args"]

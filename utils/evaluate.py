@@ -17,7 +17,7 @@ import torch
 import tyro
 from gymnasium.vector import VectorEnv
 
-from utils.results import Model, human_normalised, iqm, load_model, summarise, warn
+from utils.results import Model, fail, human_normalised, iqm, load_model, summarise, warn
 
 
 def evaluate(
