@@ -53,10 +53,12 @@ from utils.runs import (
     fail,
     in_words,
     load_checkpoint,
+    load_optimizer,
     median_seconds,
     parse_args,
     read_episodes,
     require,
+    require_numbers,
     rng_state,
     save_atomically,
     set_rng_state,
@@ -397,6 +399,7 @@ def check(args: Args) -> None:
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
+    require_numbers(args)
     require(args, "total_updates", args.total_updates >= 10, "a whole number from 10 on")
     require(args, "data_fraction", 0 < args.data_fraction <= 1, "a number in (0, 1]")
     require(args, "data_seed", args.data_seed is None or args.data_seed >= 0, "a whole number from 0 on")
@@ -404,7 +407,11 @@ def check(args: Args) -> None:
         require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
     for name in ("prune_interval", "eval_every", "eval_episodes"):
         require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    require(args, "alpha", args.alpha >= 0, "a number from 0 on")
+    require(args, "learning_rate", args.learning_rate > 0, "a number above 0")
+    for name in ("gamma", "eval_epsilon"):
+        require(args, name, 0 <= getattr(args, name) <= 1, "a number in [0, 1]")
+    for name in ("alpha", "adam_eps", "noop_max"):
+        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
     require(args, "n_atoms", args.n_atoms >= 2, "a whole number from 2 on")
     require(args, "v_max", args.v_max > args.v_min, f"a number above v-min, here {args.v_min}")
     require(args, "sparsity", 0 <= args.sparsity < 1, "a number in [0, 1)")
@@ -423,7 +430,7 @@ def main(args: Args) -> np.ndarray:
 
     try:
         envs = make_envs(args.env_id, 1, args.sticky_actions, args.noop_max)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # of whatever library the environment needs
         fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
     space, actions = envs.single_observation_space, envs.single_action_space
     envs.close()
@@ -478,7 +485,7 @@ def main(args: Args) -> np.ndarray:
         try:
             q_network.load_state_dict(saved["networks"]["q_network"])
             target_network.load_state_dict(saved["networks"]["target_network"])
-            optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(optimizer, saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
         same_counts = args.method == "gmp" or saved["kept"] == kept
@@ -488,6 +495,9 @@ def main(args: Args) -> np.ndarray:
             masks[name].copy_(saved["masks"][name])
         kept, update, q_history = saved["kept"], saved["update"], saved["q_history"]
         set_rng_state(saved["rng"], rng)
+        require(args, "total_updates", args.total_updates >= update, f"{update} or more, --resume's")
+        if args.method == "gmp" and update > prune_end and kept != final_kept:
+            fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 
     if images and device.type == "cpu":
         batch = replay.gather(torch.arange(args.batch_size) % len(replay))  # draws no random number
@@ -553,7 +563,7 @@ def main(args: Args) -> np.ndarray:
         if mask_due:
             for name, weight in weights.items():
                 sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[name])
-                kept[name] = kept_count(weight.numel(), 1 - sparsity)
+                kept[name] = min(kept[name], kept_count(weight.numel(), 1 - sparsity))
             prune(weights, masks, kept)
         optimizer.step()
         apply_masks(weights, masks)  # after every step: Adam's moments would revive what was pruned

@@ -53,10 +53,12 @@ from utils.runs import (
     fail,
     in_words,
     load_checkpoint,
+    load_optimizer,
     median_seconds,
     parse_args,
     read_episodes,
     require,
+    require_numbers,
     rng_state,
     save_atomically,
     set_rng_state,
@@ -413,6 +415,7 @@ def check(args: Args) -> None:
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
+    require_numbers(args)
     least = args.n_step * args.num_envs
     require(args, "learning_starts", args.learning_starts >= least, f"at least n-step x num-envs, here {least}")
     least = math.ceil(args.learning_starts + 10 / args.replay_ratio) if args.replay_ratio > 0 else 1
@@ -421,7 +424,12 @@ def check(args: Args) -> None:
         require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
     for name in ("prune_interval", "eval_episodes", "exploration_steps"):
         require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    require(args, "replay_ratio", args.replay_ratio > 0, "a number above 0")
+    for name in ("replay_ratio", "learning_rate"):
+        require(args, name, getattr(args, name) > 0, "a number above 0")
+    for name in ("gamma", "start_e", "end_e", "eval_epsilon"):
+        require(args, name, 0 <= getattr(args, name) <= 1, "a number in [0, 1]")
+    for name in ("adam_eps", "noop_max"):
+        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
     require(args, "n_atoms", args.n_atoms >= 2, "a whole number from 2 on")
     require(args, "v_max", args.v_max > args.v_min, f"a number above v-min, here {args.v_min}")
     for name in ("alpha", "beta", "noisy_sigma"):
@@ -441,12 +449,14 @@ def main(args: Args) -> np.ndarray:
 
     try:
         envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # of whatever library the environment needs
         fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
     space, actions = envs.single_observation_space, envs.single_action_space
     images = atari_game(args.env_id) is not None
     if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
         fail(f"--env-id: {args.env_id} has {actions} and {space}, takes discrete actions and observations in a Box")
+    if not images and len(space.shape) != 1:
+        fail(f"--env-id: {args.env_id} has {space}, takes vectors, or an Atari game spelt ALE/Pong-v5")
     require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
     n_actions = int(actions.n)
 
@@ -492,7 +502,7 @@ def main(args: Args) -> np.ndarray:
         try:
             q_network.load_state_dict(saved["networks"]["q_network"])
             target_network.load_state_dict(saved["networks"]["target_network"])
-            optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(optimizer, saved["optimizer"])
             replay.load_state_dict(saved["replay"])
             priorities.load_state_dict(saved["priorities"])
         except (RuntimeError, ValueError) as error:
@@ -505,6 +515,9 @@ def main(args: Args) -> np.ndarray:
         max_priority.copy_(saved["max_priority"])
         kept, global_step, update = saved["kept"], saved["global_step"], saved["update"]
         set_rng_state(saved["rng"], rng)
+        require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
+        if args.method == "gmp" and update > prune_end and kept != final_kept:
+            fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 
     if images and device.type == "cpu":
         blank, zeros = torch.zeros(args.batch_size, *space.shape, dtype=torch.uint8), torch.zeros(args.batch_size)
@@ -521,7 +534,8 @@ def main(args: Args) -> np.ndarray:
     dataset = None
     if args.save_dataset:
         try:
-            dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, args.env_id, bool(args.resume))
+            append = bool(args.resume) and saved["args"]["save_dataset"] == args.save_dataset
+            dataset = DatasetWriter(args.save_dataset, args.num_envs, space, stack, args.env_id, append)
         except OSError as error:
             fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset}: {error.strerror}")
     table = mask_table(shapes, final_kept)
@@ -582,7 +596,7 @@ def main(args: Args) -> np.ndarray:
         if mask_due:
             for name, weight in weights.items():
                 sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[name])
-                kept[name] = kept_count(weight.numel(), 1 - sparsity)
+                kept[name] = min(kept[name], kept_count(weight.numel(), 1 - sparsity))
             prune(weights, masks, kept)
         optimizer.step()
         apply_masks(weights, masks)  # after every step: Adam's moments would revive what was pruned
@@ -680,6 +694,8 @@ def main(args: Args) -> np.ndarray:
         envs = make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max)
     else:
         envs = make_envs(args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
+    run.bar.close()
+    print(f"playing {args.eval_episodes} episodes with the final network")
     returns, _ = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000)
     for episode, value in enumerate(returns):
         run.scalars({"eval/episodic_return": value}, episode)

@@ -49,10 +49,12 @@ from utils.runs import (
     fail,
     in_words,
     load_checkpoint,
+    load_optimizer,
     median_seconds,
     parse_args,
     read_episodes,
     require,
+    require_numbers,
     rng_state,
     save_atomically,
     set_rng_state,
@@ -435,6 +437,7 @@ def check(args: Args) -> None:
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
+    require_numbers(args)
     require(args, "learning_starts", args.learning_starts >= args.num_envs, f"at least num-envs, here {args.num_envs}")
     least = math.ceil(args.learning_starts + 10 / args.utd) if args.utd > 0 else 1
     require(args, "total_timesteps", args.total_timesteps >= least, f"at least {least} here, for 10 updates")
@@ -442,13 +445,15 @@ def check(args: Args) -> None:
         require(args, name, getattr(args, name) is None or getattr(args, name) >= 1, "a whole number from 1 on")
     for name in ("prune_interval", "rewire_interval", "eval_episodes"):
         require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    for name in ("utd", "init_alpha"):
+    for name in ("utd", "init_alpha", "policy_lr", "q_lr"):
         require(args, name, getattr(args, name) > 0, "a number above 0")
     for name in ("sparsity", "actor_sparsity", "critic_sparsity"):
         require(args, name, getattr(args, name) is None or 0 <= getattr(args, name) < 1, "a number in [0, 1)")
     require(args, "gamma", args.gamma is None or 0 <= args.gamma <= 1, "a number in [0, 1]")
     require(args, "tau", 0 < args.tau <= 1, "a number in (0, 1]")
-    require(args, "exploration_noise", args.exploration_noise >= 0, "a number from 0 on")
+    for name in ("weight_decay", "exploration_noise"):
+        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
+    require(args, "mask_seed", args.mask_seed is None or args.mask_seed >= 0, "a whole number from 0 on")
     require(args, "prune_end", 0 < args.prune_end <= 1, "a number in (0, 1]")
     require(args, "prune_start", 0 <= args.prune_start < args.prune_end, f"a number in [0, {args.prune_end})")
     require(args, "rewire_end", 0 < args.rewire_end <= 1, "a number in (0, 1]")
@@ -472,7 +477,7 @@ def main(args: Args) -> np.ndarray:
 
     try:
         envs = make_envs(args.env_id, args.num_envs, action_repeat=repeat)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # of whatever library the environment needs
         fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
     space, actions = envs.single_observation_space, envs.single_action_space
     bounded = isinstance(actions, gym.spaces.Box) and actions.is_bounded()
@@ -543,7 +548,7 @@ def main(args: Args) -> np.ndarray:
             for name, network in networks.items():
                 network.load_state_dict(saved["networks"][name])
             for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+                load_optimizer(optimizer, saved["optimizers"][name])
             replay.load_state_dict(saved["replay"])
         except (RuntimeError, ValueError) as error:
             fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
@@ -558,6 +563,9 @@ def main(args: Args) -> np.ndarray:
         log_alpha.data.copy_(saved["log_alpha"])
         kept, global_step, update = saved["kept"], saved["global_step"], saved["update"]
         set_rng_state(saved["rng"], rng)
+        require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
+        if args.method == "gmp" and update > prune_end and kept != final_kept:
+            fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 
     if args.network == "simba" and device.type == "cpu":
         blank, zeros = torch.zeros(args.batch_size, *space.shape), torch.zeros(args.batch_size)
@@ -635,7 +643,7 @@ def main(args: Args) -> np.ndarray:
         if changes == "gmp":
             for name, weight in weights[net].items():
                 sparsity = cubic_sparsity(update, prune_start, prune_end, 1 - densities[net][name])
-                kept[net][name] = kept_count(weight[0].numel(), 1 - sparsity)
+                kept[net][name] = min(kept[net][name], kept_count(weight[0].numel(), 1 - sparsity))
             prune(weights[net], masks[net], kept[net])
         if changes in ("rigl", "set"):
             drop_fraction = cosine_drop_fraction(update, rewire_end, args.drop_fraction)
@@ -689,6 +697,9 @@ def main(args: Args) -> np.ndarray:
             action = rng.uniform(-1, 1, (args.num_envs, *actions.shape)).astype(np.float32)
         else:
             action = fast_explore().cpu().numpy()
+        if not np.isfinite(action).all():
+            run.close()
+            fail(f"--policy-lr, --q-lr: the networks have diverged: an action at step {global_step + 1} is not finite")
 
         # The step after an end only resets its environment: it is no agent step
         last_step, global_step = global_step, global_step + int((~resetting).sum())
@@ -759,6 +770,8 @@ def main(args: Args) -> np.ndarray:
         envs = make_video_env(args.env_id, str(run.folder / "videos"), action_repeat=repeat)
     else:
         envs = make_envs(args.env_id, min(args.eval_episodes, 8), action_repeat=repeat)
+    run.bar.close()
+    print(f"playing {args.eval_episodes} episodes with the final network")
     returns, _ = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000)
     for episode, value in enumerate(returns):
         run.scalars({"eval/episodic_return": value}, episode)

@@ -24,7 +24,7 @@ METHODS = {
     "gmp": "Gradual magnitude pruning\nthe smallest weights go, for good",
     "rigl": "RigL\nthe smallest give way to new ones",
 }
-EVERY, LAYER, WEIGHTS = 100, "dense2.weight", 100
+STEPS, EVERY, LAYER, WEIGHTS = 20_000, 100, "dense2.weight", 100
 STATES = {"never alive": "#FFFFFF", "removed": "#D9D9D9", "alive from the start": "#0072B2", "grown later": "#E69F00"}
 
 
@@ -39,9 +39,16 @@ def masks_over_time(method: str) -> tuple[np.ndarray, list[np.ndarray]]:
             steps.append(content["global_step"])
 
     dqn_sparse.save_atomically = keep  # in place of writing each checkpoint over the one before it
-    flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "method": method, "sparsity": 0.8}
+    flags = dqn_sparse.CLASSIC_CONTROL | {
+        "env_id": "CartPole-v1",
+        "method": method,
+        "sparsity": 0.8,
+        "total_timesteps": STEPS,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        dqn_sparse.main(dqn_sparse.Args(**flags, checkpoint_every=EVERY, cuda=False, runs_dir=folder))
+        returns = dqn_sparse.main(dqn_sparse.Args(**flags, runs_dir=folder))
+    if not len(returns):
+        raise SystemExit("stopped; nothing is drawn")
     return np.array(steps), masks
 
 
@@ -71,7 +78,7 @@ def draw(axes: np.ndarray, steps: np.ndarray, masks: list[np.ndarray], title: st
     axes[1].fill_between(steps, now, color="#0072B2", alpha=0.25, linewidth=0)
     axes[1].plot(steps, now, color="#0072B2", linewidth=2, label="alive now")
     axes[1].plot(steps, so_far, "--", color="#D55E00", linewidth=2, label="ever alive so far")
-    axes[1].set(xlabel="agent steps", xlim=(0, steps[-1]), ylim=(0, 105), xticks=range(0, 20_001, 5_000))
+    axes[1].set(xlabel="agent steps", xlim=(0, steps[-1]), ylim=(0, 105), xticks=range(0, STEPS + 1, 5_000))
     axes[1].spines[["top", "right"]].set_visible(False)
 
 

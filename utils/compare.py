@@ -216,6 +216,8 @@ def main(args: Args) -> dict[str, list[Row]]:
             which = f"{name}: {label_of(method, sparsity)} at width {width}"
             if games_of(group) != games:
                 warn(f"{which} lacks games that others have")
+            if len({(run.args["env_id"], run.args["seed"]) for run in group}) < len(group):
+                warn(f"{which}: a seed is there more than once, and counts as often")
             first = group[0].args
             differing = {flag for run in group for flag in run.args | first if run.args.get(flag) != first.get(flag)}
             if differing - NOT_COMPARED:

@@ -78,8 +78,7 @@ class DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not append and any(self.folder.iterdir()):
             raise FileExistsError(errno.ENOTEMPTY, "it is not empty", folder)
-        if env_id:
-            (self.folder / "dataset.json").write_text(json.dumps({"env_id": env_id}) + "\n")
+        self.env_id = env_id
         self.layout = layout_of(space, stack)
         self.next_chunk = max(chunks_in(self.folder), default=-1) + 1
         self.chunks: dict[int, tuple[int, dict[str, Store]]] = {}  # each environment's, from its first rows on
@@ -88,6 +87,8 @@ class DatasetWriter:
         self.begins = np.ones(num_envs, dtype=bool)
 
     def _new_chunk(self) -> tuple[int, dict[str, Store]]:
+        if self.env_id:
+            (self.folder / "dataset.json").write_text(json.dumps({"env_id": self.env_id}) + "\n")
         k, self.next_chunk = self.next_chunk, self.next_chunk + 1
         stores = {n: Store(store_path(self.folder, n, k), *self.layout[n]) for n in self.layout}
         return k, stores

@@ -161,6 +161,8 @@ def main(args: Args) -> None:
     for name in by:
         if all(name not in run.args for run in runs):
             fail(f"--by: got {name}, takes names of flags, such as width,method,seed")
+    if "script" not in by and len({run.args["script"] for run in runs}) > 1:
+        by = ["script", *by]  # their steps and returns are not of one kind
     for run in runs:
         if not run.finished:
             last = run.episodes[-1, 0] if len(run.episodes) else 0

@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from utils.statistics import Estimate, bootstrap, iqm, mean, probability_of_improvement
@@ -136,6 +136,9 @@ def read_scalars(folder: Path) -> dict[str, np.ndarray]:
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for record in records(path):
             event = Event.FromString(record)
+            if event.session_log.status == SessionLog.START:  # a resumed run, which repeats what came after
+                for rows in scalars.values():
+                    rows[:] = [row for row in rows if row[0] < event.step]
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     scalars.setdefault(value.tag, []).append((event.step, value.simple_value))

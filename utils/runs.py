@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pickle
 import signal
@@ -35,6 +36,15 @@ def require(args: object, name: str, ok: bool, takes: str) -> None:
     """Ends the program unless `ok`, naming the flag of the field `name`, what it got and what it takes."""
     if not ok:
         fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
+
+
+def require_numbers(args: object) -> None:
+    """Ends the program if a number among the flags is infinite or none, or a seed one that some library refuses."""
+    for name, value in vars(args).items():
+        require(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+    require(args, "seed", 0 <= args.seed < 2**30, "a whole number from 0 on, below 2^30")
+    for name in ("checkpoint_every", "diagnostics_every"):
+        require(args, name, getattr(args, name) >= 0, "a whole number from 0 on")
 
 
 def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict[str, object]]) -> ArgsT:
@@ -125,7 +135,7 @@ class Run:
                 fail(f"--track: Weights & Biases does not start: {error}")
 
         self.lost: set[str] = set()
-        self.writer = SummaryWriter(self.folder, purge_step=step or None)
+        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
         rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(args).items())
         self.text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
         self.episodes = self._open_episodes(step)
@@ -232,13 +242,27 @@ def read_episodes(path: Path) -> list[tuple[int, float, int]]:
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save` beside `path`, then a rename: whatever kills the process, `path` is the old file or the new one."""
+    """`torch.save` beside `path`, then a rename: whatever kills the process, `path` is the old file or the new one.
+
+    A full disk is reported on stderr and ends nothing.
+    """
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch has its own for a write that fails
+        beside.unlink(missing_ok=True)
+        print(f"\nnot saved: {path}: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The moments in a checkpoint; the learning rate and the like stay as the flags have set them."""
+    own = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0].update(own)
 
 
 def load_checkpoint(path: str, script: str) -> dict:
