@@ -482,6 +482,8 @@ def main(args: Args) -> np.ndarray:
     update, q_history = 0, []
     if args.resume:
         saved = load_checkpoint(args.resume, SCRIPT)
+        update = saved["update"]
+        require(args, "total_updates", args.total_updates >= update, f"{update} or more, --resume's")
         try:
             q_network.load_state_dict(saved["networks"]["q_network"])
             target_network.load_state_dict(saved["networks"]["target_network"])
@@ -493,9 +495,8 @@ def main(args: Args) -> np.ndarray:
             fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")
         for name in masks:
             masks[name].copy_(saved["masks"][name])
-        kept, update, q_history = saved["kept"], saved["update"], saved["q_history"]
+        kept, q_history = saved["kept"], saved["q_history"]
         set_rng_state(saved["rng"], rng)
-        require(args, "total_updates", args.total_updates >= update, f"{update} or more, --resume's")
         if args.method == "gmp" and update > prune_end and kept != final_kept:
             fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 

@@ -423,6 +423,8 @@ def main(args: Args) -> np.ndarray:
     global_step, update = 0, 0
     if args.resume:
         saved = load_checkpoint(args.resume, SCRIPT)
+        global_step = saved["global_step"]
+        require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
         try:
             q_network.load_state_dict(saved["networks"]["q_network"])
             target_network.load_state_dict(saved["networks"]["target_network"])
@@ -436,9 +438,8 @@ def main(args: Args) -> np.ndarray:
         for name in masks:
             masks[name].copy_(saved["masks"][name])
             ever[name].copy_(saved["ever"][name])
-        kept, global_step, update = saved["kept"], saved["global_step"], saved["update"]
+        kept, update = saved["kept"], saved["update"]
         set_rng_state(saved["rng"], rng)
-        require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
         if args.method == "gmp" and update > prune_end and kept != final_kept:
             fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 

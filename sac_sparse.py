@@ -544,6 +544,8 @@ def main(args: Args) -> np.ndarray:
     global_step, update = 0, 0
     if args.resume:
         saved = load_checkpoint(args.resume, SCRIPT)
+        global_step = saved["global_step"]
+        require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
         try:
             for name, network in networks.items():
                 network.load_state_dict(saved["networks"][name])
@@ -561,9 +563,8 @@ def main(args: Args) -> np.ndarray:
                 masks[net][name].copy_(saved["masks"][net][name])
                 ever[net][name].copy_(saved["ever"][net][name])
         log_alpha.data.copy_(saved["log_alpha"])
-        kept, global_step, update = saved["kept"], saved["global_step"], saved["update"]
+        kept, update = saved["kept"], saved["update"]
         set_rng_state(saved["rng"], rng)
-        require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
         if args.method == "gmp" and update > prune_end and kept != final_kept:
             fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 

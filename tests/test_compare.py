@@ -132,6 +132,12 @@ def test_sparsities_of_actor_and_critic(run, compared):
     assert "differ" not in notes  # of one kind
 
 
+def test_a_seed_that_is_there_twice(run, compared):
+    for number in (1, 2):
+        run(f"run{number}", 5.0, seed=7)
+    assert "gmp 0.9 at width 1: a seed is there more than once" in compared()[3]
+
+
 def test_nothing_to_compare(run, compared, tmp_path, capsys):
     run("half", 1.0, finished=False)
     with pytest.raises(SystemExit, match="2"):

@@ -6,6 +6,7 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from docs import methods_figure
 from utils import plot
@@ -52,6 +53,18 @@ def test_each_group_is_the_mean_over_its_seeds(logged_run, drawn, tmp_path):
     assert np.ptp(bands[1]) == 0
     assert axes.get_title() == "CartPole-v1" and axes.get_xlabel() == "agent steps"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(found)
+
+
+def test_scripts_are_kept_apart(logged_run, drawn, tmp_path):
+    logged_run("CartPole-v1__dqn_sparse__1__17", constant(10.0))
+    logged_run("CartPole-v1__cql_pruned__1__18", constant(30.0), total_updates=1_000)
+    plot.main(plot.Args((str(tmp_path / "logged/*"),), out=tmp_path / "a"))
+    (axes,) = drawn[0][1].axes
+    assert {label: np.unique(values).tolist() for label, values in lines(axes).items()} == {
+        "cql_pruned, gmp (1)": [30.0],
+        "dqn_sparse, gmp (1)": [10.0],
+    }
+    assert axes.get_xlabel() == "agent steps or updates"
 
 
 def test_smoothing_by_hand():
@@ -168,6 +181,16 @@ def test_scalars_are_what_was_logged_up_to_a_torn_end(logged_run):
     (events,) = folder.glob("events*")
     events.write_bytes(events.read_bytes()[:-5])  # the last record, c, is torn
     assert list(read_scalars(folder)) == ["a/b"]
+
+
+def test_scalars_that_a_resumed_run_repeats_are_read_once(tmp_path):
+    """A checkpoint at step 20, a kill after 40: the run goes on from 20 in a second file."""
+    for purge_step, rows in ((None, [(10, 1.0), (20, 2.0), (30, 3.0), (40, 4.0)]), (21, [(30, 5.0), (40, 6.0)])):
+        writer = SummaryWriter(tmp_path, purge_step=purge_step, filename_suffix=f".{purge_step or 0}")
+        for step, value in rows:
+            writer.add_scalar("a", value, step)
+        writer.close()
+    assert read_scalars(tmp_path)["a"].tolist() == [[10, 1], [20, 2], [30, 5], [40, 6]]
 
 
 def test_training_seconds_of_two_processes(tmp_path):

@@ -79,6 +79,16 @@ def refused(tmp_path, monkeypatch, capfd):
         (["--sparsity", "-0.1"], r"--sparsity: got -0.1, takes .*\[0, 1\)"),
         (["--sparsity", "95"], r"--sparsity: got 95.0, takes .*\[0, 1\)"),
         (["--sparsity", "nan"], r"--sparsity: got nan"),
+        (["--learning-rate", "nan"], "--learning-rate: got nan, takes a finite number"),
+        (["--learning-rate", "0"], "--learning-rate: got 0.0"),
+        (["--replay-ratio", "inf"], "--replay-ratio: got inf"),
+        (["--gamma", "2"], r"--gamma: got 2.0, takes .*\[0, 1\]"),
+        (["--eval-epsilon", "-1"], "--eval-epsilon: got -1"),
+        (["--adam-eps", "-1"], "--adam-eps: got -1"),
+        (["--noop-max", "-1"], "--noop-max: got -1"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every: got -1"),
+        (["--seed", "-1"], "--seed: got -1"),
+        (["--seed", "2147000000"], "--seed: got 2147000000"),
         (["--width", "0"], "--width: got 0, takes .* 1"),
         (["--width", "-3"], "--width: got -3, takes .* 1"),
         (["--num-envs", "0"], "--num-envs: got 0"),
@@ -454,6 +464,55 @@ def test_a_run_does_not_die_of_its_logger(train, monkeypatch, capfd):
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 2  # each said once
     assert sum("TensorBoard" in line for line in warnings) == sum("episodes.csv" in line for line in warnings) == 1
+
+
+def test_a_run_does_not_die_of_a_full_disk(train, monkeypatch, capfd):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.runs.os.fsync", full)
+    folder = train(checkpoint_every=400)
+    assert not list(folder.glob("*.pt*"))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "not saved" in line]
+    assert [name in line for name, line in zip(("checkpoint.pt", "model.pt"), lines)] == [True, True]
+
+
+def test_a_resumed_run_has_the_flags_learning_rate(train, stop_at, stopped):
+    path = str(stopped / "checkpoint.pt")
+    stop_at(301)
+    saved = load(train(method="gmp", sparsity=0.9, resume=path, learning_rate=0.5, adam_eps=0.25) / "checkpoint.pt")
+    assert [saved["optimizer"]["param_groups"][0][name] for name in ("lr", "eps")] == [0.5, 0.25]
+    assert saved["optimizer"]["state"][0]["step"] >= 25  # and the checkpoint's moments
+
+
+def test_a_resumed_run_lets_no_weight_grow_back(train, stop_at, stopped):
+    """A longer run's schedule is behind that of the run before, which had more zeros by now."""
+    first = load(stopped / "checkpoint.pt")
+    stop_at(400)
+    second = load(
+        train(method="gmp", sparsity=0.9, resume=str(stopped / "checkpoint.pt"), total_timesteps=2_000)
+        / "checkpoint.pt"
+    )
+    assert second["update"] > first["update"]
+    for name, mask in first["masks"].items():
+        assert not (second["masks"][name] & ~mask).any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--prune-end", "0.3"], "--resume: .* after the end of the pruning"),
+        (["--total-timesteps", "250"], "--total-timesteps: got 250, takes 300 or more"),
+    ],
+)
+def test_a_resumed_run_must_reach_its_sparsity(refused, stopped, flags, names):
+    assert re.match(names, refused("--resume", "stopped/checkpoint.pt", *flags))
+
+
+def test_a_resumed_run_adds_to_no_other_data_set(refused, stopped, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text("{}")
+    assert refused("--resume", "stopped/checkpoint.pt", "--save-dataset", "data").startswith("--save-dataset: ")
 
 
 def test_episodes_of_a_killed_run(tmp_path):

@@ -142,7 +142,8 @@ def figure_of(runs: Sequence[LoggedRun], by: Sequence[str], patterns: Sequence[s
         for axes, tag in zip(row, ["episodic return", *tags]):
             draw(axes, {label: [series(run, tag, logged) for run in group] for label, group in groups.items()}, steps)
             axes.set(title=env_id, ylabel=tag)
-            axes.set_xlabel("updates" if "total_updates" in members[0].args else "agent steps")
+            kinds = {"updates" if "total_updates" in run.args else "agent steps" for run in members}
+            axes.set_xlabel(" or ".join(sorted(kinds)))
         row[0].legend(fontsize="small", title=", ".join(by) + " (runs)", title_fontsize="small")
         for axes in row[1 + len(tags) :]:
             axes.remove()
