@@ -146,7 +146,7 @@ TARGET = {"huber": 2_000, "c51": 100}
 
 @pytest.mark.parametrize("loss", ["huber", "c51"])
 def test_values_of_the_paper(loss, tmp_path, monkeypatch):
-    DatasetWriter(str(tmp_path / "set"), 1, CARTPOLE, 1, env_id="ALE/Pong-v5")
+    DatasetWriter(str(tmp_path / "set"), 1, CARTPOLE, 1, env_id="ALE/Pong-v5")._new_chunk()  # not before its first rows
     flags = ["--dataset", str(tmp_path / "set"), "--loss", loss]
     monkeypatch.setattr(sys, "argv", ["cql_pruned.py", *flags])
     args = vars(parse_args(Args, preset))

@@ -394,7 +394,7 @@ def test_env_id_of_a_set(tmp_path):
     published.mkdir(parents=True)
     assert dataset_env_id(str(published)) == "ALE/MsPacman-v5"
     assert dataset_env_id(str(tmp_path)) is None
-    DatasetWriter(str(tmp_path / "own"), 1, VECTORS, 1, env_id="CartPole-v1")
+    DatasetWriter(str(tmp_path / "own"), 1, VECTORS, 1, env_id="CartPole-v1")._new_chunk()
     assert dataset_env_id(str(tmp_path / "own")) == "CartPole-v1"
     (tmp_path / "own" / "dataset.json").write_text(json.dumps(["CartPole-v1"]))
     with pytest.raises(DatasetError, match=r"dataset\.json"):

@@ -63,7 +63,7 @@ class DatasetWriter:
         chunk_rows: int = 1_000_000,
         flush_every: int = 1_000,
     ) -> None:
-        """Makes the folder.
+        """Makes the folder; files come with the first rows.
 
         Args:
             space: of one observation.
