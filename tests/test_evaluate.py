@@ -76,6 +76,11 @@ def test_a_video_is_written(train, capsys):
     assert "holds the video of an episode of return" in capsys.readouterr().out
 
 
+def test_a_pattern_of_models(train, tmp_path):
+    folders = [train(seed=seed) for seed in (1, 2)]
+    assert sorted(play(tmp_path / "runs" / "*", episodes=1)) == sorted(folders)
+
+
 def test_what_is_no_model_is_named_and_the_rest_is_played(train, tmp_path, capsys):
     folder = train()
     content = torch.load(folder / "model.pt", weights_only=True)

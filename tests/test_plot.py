@@ -67,6 +67,14 @@ def test_scripts_are_kept_apart(logged_run, drawn, tmp_path):
     assert axes.get_xlabel() == "agent steps or updates"
 
 
+def test_a_figure_that_cannot_be_written(logged_run, tmp_path, capsys):
+    logged_run("one", constant(1.0))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        plot.main(plot.Args((str(tmp_path / "logged/*"),), out=tmp_path / "file" / "a"))
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: --out: got ")
+
+
 def test_smoothing_by_hand():
     step, value = np.array([10.0, 20, 30, 100]), np.array([1.0, 3, 5, 7])
     grid = np.array([5.0, 10, 20, 29, 30, 60, 100, 119, 120])

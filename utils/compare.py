@@ -129,7 +129,7 @@ def rows_of(runs: Sequence[LoggedRun]) -> list[Row]:
         if dense and method != "dense" and games_of(dense) == games_of(group):
             better = improvement(scores_of(group), scores_of(dense))
         minutes = float(np.median([training_seconds(run.folder) for run in group])) / 60
-        score, needs = summarise(scores_of(group)), cost_of(group[0])
+        score, needs = summarise(scores_of(group)), next(filter(None, map(cost_of, group)), None)
         rows.append(Row(width, method, sparsity, len(group), score, better, needs, minutes))
     return rows
 

@@ -7,6 +7,7 @@ A model is played as it was trained and evaluated, unless a flag says otherwise.
 resampling episodes: they speak of these weights, not of what another seed would have learned.
 """
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def evaluate(
 @dataclass
 class Args:
     models: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of runs, or their model.pt"""
+    """folders of runs, or their model.pt, or patterns of them in quotes"""
     episodes: int = 100
     """episodes to play with each model"""
     epsilon: float | None = None
@@ -130,7 +131,7 @@ def main(args: Args) -> dict[Path, np.ndarray]:
     print("| model | episodes | mean | median | IQM | human-normalised mean |")
     print("|---|--:|--:|--:|--:|--:|")
     notes = []
-    for path in args.models:
+    for path in [Path(found) for model in args.models for found in sorted(glob.glob(str(model))) or [model]]:
         folder = path if path.is_dir() else path.parent
         try:
             model = load_model(path)

@@ -64,12 +64,15 @@ def fail(message: str) -> NoReturn:
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Writes `out`.png and `out`.pdf."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "pdf"):
-        path = out.with_name(f"{out.name}.{suffix}")
-        figure.savefig(path)
-        print(f"wrote {path}")
+    """Writes `out`.png and `out`.pdf; ends the program with one line if it cannot."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("png", "pdf"):
+            path = out.with_name(f"{out.name}.{suffix}")
+            figure.savefig(path)
+            print(f"wrote {path}")
+    except (OSError, ValueError) as error:  # an empty name is a ValueError
+        fail(f"--out: got {out}, takes a file that can be written, without its suffix: {error}")
 
 
 def read_run(folder: Path) -> LoggedRun:
