@@ -39,12 +39,8 @@ def masks_over_time(method: str) -> tuple[np.ndarray, list[np.ndarray]]:
             steps.append(content["global_step"])
 
     dqn_sparse.save_atomically = keep  # in place of writing each checkpoint over the one before it
-    flags = dqn_sparse.CLASSIC_CONTROL | {
-        "env_id": "CartPole-v1",
-        "method": method,
-        "sparsity": 0.8,
-        "total_timesteps": STEPS,
-    }
+    flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "total_timesteps": STEPS}
+    flags |= {"method": method, "sparsity": 0.8, "checkpoint_every": EVERY, "cuda": False}
     with tempfile.TemporaryDirectory() as folder:
         returns = dqn_sparse.main(dqn_sparse.Args(**flags, runs_dir=folder))
     if not len(returns):
