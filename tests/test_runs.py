@@ -490,8 +490,7 @@ def test_a_resumed_run_lets_no_weight_grow_back(train, stop_at, stopped):
     first = load(stopped / "checkpoint.pt")
     stop_at(400)
     second = load(
-        train(method="gmp", sparsity=0.9, resume=str(stopped / "checkpoint.pt"), total_timesteps=2_000)
-        / "checkpoint.pt"
+        train(method="gmp", sparsity=0.9, resume=str(stopped / "checkpoint.pt"), total_timesteps=700) / "checkpoint.pt"
     )
     assert second["update"] > first["update"]
     for name, mask in first["masks"].items():

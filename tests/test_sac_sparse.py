@@ -545,7 +545,7 @@ def test_resume_goes_on_exactly_where_the_checkpoint_was(tmp_path, monkeypatch, 
             assert all(torch.equal(mask, end["masks"][net][name]) for name, mask in masks.items())
 
 
-def test_networks_that_have_diverged_leave_the_last_checkpoint_alone(tmp_path, capsys, monkeypatch):
+def test_networks_that_have_diverged_leave_the_last_checkpoint_alone(tmp_path, capsys):
     args = small(tmp_path, checkpoint_every=20, policy_lr=1e30, q_lr=1e30, total_timesteps=60)
     ends_with_one_line(capsys, args, "--policy-lr, --q-lr: the networks have diverged: an action at step")
     saved = load(run_folder(tmp_path) / "checkpoint.pt")
