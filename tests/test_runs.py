@@ -488,7 +488,7 @@ def test_a_resumed_run_has_the_flags_learning_rate(train, stop_at, stopped):
 def test_a_resumed_run_lets_no_weight_grow_back(train, stop_at, stopped):
     """A longer run's schedule is behind that of the run before, which had more zeros by now."""
     first = load(stopped / "checkpoint.pt")
-    stop_at(400)
+    stop_at(330)
     second = load(
         train(method="gmp", sparsity=0.9, resume=str(stopped / "checkpoint.pt"), total_timesteps=700) / "checkpoint.pt"
     )
