@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.diagnostics import interference, report, target_variance
-from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
+from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.graphs import cuda_graph
 from utils.masks import (
@@ -49,6 +49,7 @@ from utils.plot import offline_curve
 from utils.replay import Batch
 from utils.runs import (
     Run,
+    changed_flags,
     choose_device,
     fail,
     in_words,
@@ -438,6 +439,9 @@ def main(args: Args) -> np.ndarray:
     if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
         fail(f"--env-id: {args.env_id} has {actions} and {space}, takes discrete actions and observations in a Box")
     require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
+    problem = cannot_render(args.env_id) if args.capture_video else None
+    if problem:
+        fail(f"--capture-video: {problem}")
     n_actions = int(actions.n)
 
     # Networks
@@ -488,8 +492,8 @@ def main(args: Args) -> np.ndarray:
             q_network.load_state_dict(saved["networks"]["q_network"])
             target_network.load_state_dict(saved["networks"]["target_network"])
             load_optimizer(optimizer, saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
+        except (RuntimeError, ValueError):
+            fail(f"--resume: {args.resume} does not fit {changed_flags(saved['args'], args)}")
         same_counts = args.method == "gmp" or saved["kept"] == kept
         if saved["args"]["method"] != args.method or not same_counts:
             fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")

@@ -30,7 +30,7 @@ from torch import nn
 
 from utils.dataset import DatasetWriter
 from utils.diagnostics import ever_active, interference, report, target_variance
-from utils.envs import STACK, atari_game, make_envs, make_video_env, unknown_env
+from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 from utils.graphs import cuda_graph
 from utils.masks import (
@@ -47,6 +47,7 @@ from utils.plot import learning_curve
 from utils.replay import Batch, Replay
 from utils.runs import (
     Run,
+    changed_flags,
     choose_device,
     fail,
     in_words,
@@ -382,6 +383,9 @@ def main(args: Args) -> np.ndarray:
     if not images and len(space.shape) != 1:
         fail(f"--env-id: {args.env_id} has {space}, takes vectors, or an Atari game spelt ALE/Pong-v5")
     require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
+    problem = cannot_render(args.env_id) if args.capture_video else None
+    if problem:
+        fail(f"--capture-video: {problem}")
     n_actions = int(actions.n)
 
     # Networks
@@ -430,8 +434,8 @@ def main(args: Args) -> np.ndarray:
             target_network.load_state_dict(saved["networks"]["target_network"])
             load_optimizer(optimizer, saved["optimizer"])
             replay.load_state_dict(saved["replay"])
-        except (RuntimeError, ValueError) as error:
-            fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
+        except (RuntimeError, ValueError):
+            fail(f"--resume: {args.resume} does not fit {changed_flags(saved['args'], args)}")
         same_counts = args.method == "gmp" or saved["kept"] == kept
         if saved["args"]["method"] != args.method or not same_counts:
             fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")

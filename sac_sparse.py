@@ -45,6 +45,7 @@ from utils.plot import learning_curve
 from utils.replay import Batch, Replay
 from utils.runs import (
     Run,
+    changed_flags,
     choose_device,
     fail,
     in_words,
@@ -552,8 +553,8 @@ def main(args: Args) -> np.ndarray:
             for name, optimizer in optimizers.items():
                 load_optimizer(optimizer, saved["optimizers"][name])
             replay.load_state_dict(saved["replay"])
-        except (RuntimeError, ValueError) as error:
-            fail(f"--resume: {args.resume} does not fit the other flags: {str(error).splitlines()[0]}")
+        except (RuntimeError, ValueError):
+            fail(f"--resume: {args.resume} does not fit {changed_flags(saved['args'], args)}")
         same_names = all(saved["masks"][net].keys() == masks[net].keys() for net in masks)
         same_counts = same_names and (args.method == "gmp" or saved["kept"] == kept)
         if saved["args"]["method"] != args.method or not same_counts:

@@ -184,6 +184,35 @@ def test_a_kill_in_the_middle_of_an_append_loses_only_the_latest_rows(tmp_path, 
         np.testing.assert_array_equal(read_chunk(tmp_path, 0)[name], before[name])
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_a_full_disk_ends_the_set_and_not_the_run(tmp_path, monkeypatch, capsys, store):
+    stream = list(steps(2, [7, 5], 2, 40))
+    dataset = writer(tmp_path, num_envs=2, flush_every=10)
+    for row, _ in stream:
+        dataset.add(*row)
+    before = [read_chunk(tmp_path, k) for k in (0, 1)]
+
+    def full(self, rows):
+        if store in self.file.name:
+            raise OSError(28, "No space left on device")
+        append(self, rows)
+
+    append = Store.append
+    monkeypatch.setattr(Store, "append", full)
+    for row, _ in stream:
+        dataset.add(*row)
+    monkeypatch.undo()  # there is room again: the set would have a hole
+    for row, _ in stream:
+        dataset.add(*row)
+    dataset.close()
+    assert capsys.readouterr().err.count("No space left") == 1
+    assert sum(map(len, dataset.waiting)) == 0
+    for k in (0, 1):
+        after = read_chunk(tmp_path, k)
+        for name in STORES:
+            np.testing.assert_array_equal(before[k][name], after[name])
+
+
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError):

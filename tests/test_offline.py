@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -266,6 +267,29 @@ def test_the_cache_is_used_again_until_a_file_changes(tmp_path):
     assert len(read(tmp_path, VECTORS)) == 58
 
 
+def test_a_cache_that_is_read_by_all_and_written_by_one(tmp_path, monkeypatch):
+    def read_only(path):
+        raise PermissionError(13, "Permission denied")
+
+    write_vectors(tmp_path)
+    monkeypatch.setattr("utils.offline.FileLock", read_only)
+    with pytest.raises(DatasetError, match="cache/1 cannot be written: Permission denied"):
+        read(tmp_path, VECTORS)
+    monkeypatch.undo()
+    read(tmp_path, VECTORS)
+    monkeypatch.setattr("utils.offline.FileLock", read_only)
+    assert len(read(tmp_path, VECTORS)) == 29
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: truncate(path)])
+def test_a_damaged_cache(tmp_path, damage):
+    write_vectors(tmp_path)
+    read(tmp_path, VECTORS)
+    damage(tmp_path / "cache" / "1" / "action.npy")
+    with pytest.raises(DatasetError, match="cache/1 is damaged; delete it"):
+        read(tmp_path, VECTORS)
+
+
 def test_preparing_holds_little_in_memory(tmp_path):
     big = np.zeros((4_000, 84, 84), np.uint8)  # 28 MB
     big[:, 40] = np.arange(4_000)[:, None] % 251
@@ -396,6 +420,9 @@ def test_env_id_of_a_set(tmp_path):
     assert dataset_env_id(str(tmp_path)) is None
     DatasetWriter(str(tmp_path / "own"), 1, VECTORS, 1, env_id="CartPole-v1")._new_chunk()
     assert dataset_env_id(str(tmp_path / "own")) == "CartPole-v1"
-    (tmp_path / "own" / "dataset.json").write_text(json.dumps(["CartPole-v1"]))
-    with pytest.raises(DatasetError, match=r"dataset\.json"):
-        dataset_env_id(str(tmp_path / "own"))
+    for note in (["CartPole-v1"], {"env_id": 3}, {}):
+        (tmp_path / "own" / "dataset.json").write_text(json.dumps(note))
+        with pytest.raises(DatasetError, match=r"dataset\.json"):
+            dataset_env_id(str(tmp_path / "own"))
+    with pytest.raises(DatasetError, match="nowhere is no folder"):
+        dataset_env_id("nowhere")

@@ -166,8 +166,14 @@ def test_what_cannot_be_resumed(refused, stopped):
     assert "no such file" in refused("--resume", "stopped")  # a folder
 
     checkpoint = "stopped/checkpoint.pt"
-    for flags in (["--width", "2"], ["--no-bias"], ["--env-id", "Acrobot-v1"], ["--num-envs", "2"], ["--n-step", "3"]):
-        assert "does not fit" in refused("--resume", checkpoint, *flags), flags
+    for flags, said in (
+        (["--width", "2"], "--width 2 (it has 1)"),
+        (["--no-bias"], "--bias False (it has True)"),
+        (["--env-id", "Acrobot-v1"], "--env-id Acrobot-v1 (it has CartPole-v1)"),
+        (["--num-envs", "2", "--width", "1"], "--num-envs 2 (it has 1)"),
+        (["--n-step", "3"], "--n-step 3 (it has 1)"),
+    ):
+        assert refused("--resume", checkpoint, *flags) == f"--resume: {checkpoint} does not fit {said}\n", flags
     assert "--method dense" in refused("--resume", checkpoint, "--method", "dense")
 
 

@@ -1,10 +1,12 @@
 """Logging experience in the layout of the DQN Replay Dataset (Agarwal et al. 2020), for offline RL."""
 
+import contextlib
 import errno
 import gzip
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,8 @@ class DatasetWriter:
     A row is one transition: the newest frame of the observation, action, reward, terminal. As in the published set,
     `stack` - 1 rows of zeros stand before each episode, and a time-out is a terminal like any other; one store more,
     `truncation`, tells the time-outs. A chunk holds one environment's rows in order, so that several environments
-    fill several chunks side by side. Every `flush_every` rows a chunk is brought up to date on the disk.
+    fill several chunks side by side. Every `flush_every` rows a chunk is brought up to date on the disk. When the disk
+    is full the set ends there, with a warning, and the run goes on.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class DatasetWriter:
         self.next_chunk = max(chunks_in(self.folder), default=-1) + 1
         self.chunks: dict[int, tuple[int, dict[str, Store]]] = {}  # each environment's, from its first rows on
         self.waiting = [[] for _ in range(num_envs)]  # rows not yet on the disk
+        self.lost = False
         self.just_ended = np.zeros(num_envs, dtype=bool)
         self.begins = np.ones(num_envs, dtype=bool)
 
@@ -119,6 +123,16 @@ class DatasetWriter:
         self.just_ended = terminated | truncated
 
     def _flush(self, i: int) -> None:
+        try:
+            if not self.lost:
+                self._write(i)
+        except OSError as error:
+            self.lost = True
+            print(f"\nwarning: {self.folder} ends here, it cannot be written any more: {error}", file=sys.stderr)
+        if self.lost:
+            self.waiting[i].clear()
+
+    def _write(self, i: int) -> None:
         while self.waiting[i]:
             if i not in self.chunks:
                 self.chunks[i] = self._new_chunk()
@@ -136,7 +150,8 @@ class DatasetWriter:
 
     def _close_chunk(self, i: int) -> None:
         for store in self.chunks.pop(i)[1].values():
-            store.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take
+                store.file.close()
 
     def close(self) -> None:
         """Writes what is waiting and closes the files."""

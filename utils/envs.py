@@ -50,7 +50,9 @@ def unknown_env(env_id: str) -> str | None:
 
 
 def cannot_render(env_id: str) -> str | None:
-    """None if an environment that is not Atari draws pictures on this machine, else what to try, in one line."""
+    """None if an environment draws pictures on this machine, as Atari always does; else what to try, in one line."""
+    if atari_game(env_id):
+        return None
     try:
         env = gym.make(env_id, render_mode="rgb_array")
         env.reset()

@@ -60,12 +60,17 @@ def dataset_env_id(source: str) -> str | None:
     if source.startswith("minari:"):
         spec = load_minari(source).env_spec
         return spec.id if spec else None
+    if not Path(source).is_dir():
+        raise DatasetError(f"{source} is no folder")
     note = Path(source) / "dataset.json"
     if note.exists():
         try:
-            return json.loads(note.read_text())["env_id"]
+            env_id = json.loads(note.read_text())["env_id"]
         except (ValueError, KeyError, TypeError):
-            raise DatasetError(f"{note} is damaged: it names no env_id") from None
+            env_id = None
+        if not isinstance(env_id, str):
+            raise DatasetError(f"{note} is damaged: it names no env_id")
+        return env_id
     game = re.search(r"/(\w+)/\d+/replay_logs$", str(Path(source).resolve()))
     return f"ALE/{game[1]}-v5" if game else None
 
@@ -95,18 +100,26 @@ def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int
         raise DatasetError(f"{folder} is no folder")
     name = f"{fraction:g}" if seed is None else f"{fraction:g}-seed{seed}"
     cache = folder / "cache" / name
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.gz"))]
+    made_from = json.dumps([files, [(shape, dtype.str) for shape, dtype in layout.values()]])
+
+    def up_to_date() -> bool:
+        note = cache / "made_from.json"
+        return note.exists() and note.read_text() == made_from
+
+    if not up_to_date():
+        try:
+            cache.parent.mkdir(exist_ok=True)
+            with FileLock(cache.parent / f"{name}.lock"):  # several seeds may start at once
+                if not up_to_date():
+                    prepare(folder, cache, layout, fraction, seed, made_from)
+        except OSError as error:
+            raise DatasetError(f"{cache} cannot be written: {error.strerror}") from error
     try:
-        cache.parent.mkdir(exist_ok=True)
-        with FileLock(cache.parent / f"{name}.lock"):  # several seeds may start at once
-            files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.gz"))]
-            made_from = json.dumps([files, [(shape, dtype.str) for shape, dtype in layout.values()]])
-            note = cache / "made_from.json"
-            if not note.exists() or note.read_text() != made_from:
-                prepare(folder, cache, layout, fraction, seed, made_from)
-            # Copy-on-write: torch wants memory that it may write to, though nobody does
-            return Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
-    except OSError as error:
-        raise DatasetError(f"{cache} cannot be written: {error.strerror}") from error
+        # Copy-on-write: torch wants memory that it may write to, though nobody does
+        return Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
+    except (OSError, ValueError, EOFError):
+        raise DatasetError(f"{cache} is damaged; delete it, and it is made anew") from None
 
 
 def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int | None, made_from: str) -> None:

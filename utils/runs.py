@@ -196,7 +196,7 @@ class Run:
         if values:
             shown = {"return": self.latest_return} | values
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-        self.bar.update(step - self.bar.n)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # several environments may step over the end
 
     def steps_per_second(self, step: int) -> float:
         """Agent steps per second since this process began to train."""
@@ -279,6 +279,13 @@ def load_checkpoint(path: str, script: str) -> dict:
     if "rng" not in content:
         fail(f"--resume: got {path}, takes a checkpoint.pt; this one is a finished run's model.pt")
     return content
+
+
+def changed_flags(saved: dict, args: object) -> str:
+    """The flags whose value is not the one that a checkpoint's run had, and both values; for a message."""
+    changed = {name: value for name, value in asdict(args).items() if name != "resume" and saved.get(name) != value}
+    said = [f"--{name.replace('_', '-')} {value} (it has {saved.get(name)})" for name, value in changed.items()]
+    return ", ".join(said) or "this version of the script"
 
 
 def rng_state(generator: np.random.Generator) -> dict:
