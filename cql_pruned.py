@@ -32,6 +32,7 @@ from torch import nn
 from utils.diagnostics import interference, report, target_variance
 from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
+from utils.flags import changed_flags, fail, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -49,17 +50,13 @@ from utils.plot import offline_curve
 from utils.replay import Batch
 from utils.runs import (
     Run,
-    changed_flags,
     choose_device,
-    fail,
     in_words,
     load_checkpoint,
     load_optimizer,
     median_seconds,
     parse_args,
     read_episodes,
-    require,
-    require_numbers,
     rng_state,
     save_atomically,
     set_rng_state,
@@ -400,24 +397,8 @@ def check(args: Args) -> None:
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
-    require_numbers(args)
-    require(args, "total_updates", args.total_updates >= 10, "a whole number from 10 on")
-    require(args, "data_fraction", 0 < args.data_fraction <= 1, "a number in (0, 1]")
-    require(args, "data_seed", args.data_seed is None or args.data_seed >= 0, "a whole number from 0 on")
-    for name in ("width", "batch_size", "n_step", "target_network_frequency"):
-        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    for name in ("prune_interval", "eval_every", "eval_episodes"):
-        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    require(args, "learning_rate", args.learning_rate > 0, "a number above 0")
-    for name in ("gamma", "eval_epsilon"):
-        require(args, name, 0 <= getattr(args, name) <= 1, "a number in [0, 1]")
-    for name in ("alpha", "adam_eps", "noop_max"):
-        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
-    require(args, "n_atoms", args.n_atoms >= 2, "a whole number from 2 on")
+    require_ranges(args)
     require(args, "v_max", args.v_max > args.v_min, f"a number above v-min, here {args.v_min}")
-    require(args, "sparsity", 0 <= args.sparsity < 1, "a number in [0, 1)")
-    require(args, "sticky_actions", 0 <= args.sticky_actions < 1, "a number in [0, 1)")
-    require(args, "prune_end", 0 < args.prune_end <= 1, "a number in (0, 1]")
     require(args, "prune_start", 0 <= args.prune_start < args.prune_end, f"a number in [0, {args.prune_end})")
 
 
@@ -610,8 +591,7 @@ def main(args: Args) -> np.ndarray:
     # The end
     if run.stopping:
         save_checkpoint()
-        run.close()
-        print(f"stopped at update {update}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
+        run.stop(update)
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
     model["masks"] = {"q_network": {name: mask.bool() for name, mask in masks.items()}}
@@ -621,14 +601,10 @@ def main(args: Args) -> np.ndarray:
         returns = play(make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max))
     else:
         returns = play(make_eval_envs())
-    for episode, value in enumerate(returns):
-        run.scalars({"eval/episodic_return": value}, episode)
-    run.close()
     zeros = "" if args.method == "dense" else f" {args.sparsity:g}"
     title = f"{args.env_id}: {args.loss}, {args.method}{zeros}, width {args.width}, seed {args.seed}"
     offline_curve(read_episodes(run.folder / "episodes.csv"), q_history, title, run.folder / "curve.png")
-    print(f"model.pt, curve.png and the logs are in {run.folder}")
-    print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
+    run.finish(returns)
     return returns
 
 

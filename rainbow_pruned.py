@@ -33,6 +33,7 @@ from utils.dataset import DatasetWriter
 from utils.diagnostics import interference, report, target_variance
 from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
+from utils.flags import changed_flags, fail, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -49,17 +50,13 @@ from utils.priorities import Priorities
 from utils.replay import Batch, Replay
 from utils.runs import (
     Run,
-    changed_flags,
     choose_device,
-    fail,
     in_words,
     load_checkpoint,
     load_optimizer,
     median_seconds,
     parse_args,
     read_episodes,
-    require,
-    require_numbers,
     rng_state,
     save_atomically,
     set_rng_state,
@@ -416,28 +413,12 @@ def check(args: Args) -> None:
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
-    require_numbers(args)
+    require_ranges(args)
     least = args.n_step * args.num_envs
     require(args, "learning_starts", args.learning_starts >= least, f"at least n-step x num-envs, here {least}")
-    least = math.ceil(args.learning_starts + 10 / args.replay_ratio) if args.replay_ratio > 0 else 1
+    least = math.ceil(args.learning_starts + 10 / args.replay_ratio)
     require(args, "total_timesteps", args.total_timesteps >= least, f"at least {least} here, for 10 updates")
-    for name in ("width", "num_envs", "batch_size", "n_step", "buffer_size", "target_network_frequency"):
-        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    for name in ("prune_interval", "eval_episodes", "exploration_steps"):
-        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    for name in ("replay_ratio", "learning_rate"):
-        require(args, name, getattr(args, name) > 0, "a number above 0")
-    for name in ("gamma", "start_e", "end_e", "eval_epsilon"):
-        require(args, name, 0 <= getattr(args, name) <= 1, "a number in [0, 1]")
-    for name in ("adam_eps", "noop_max"):
-        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
-    require(args, "n_atoms", args.n_atoms >= 2, "a whole number from 2 on")
     require(args, "v_max", args.v_max > args.v_min, f"a number above v-min, here {args.v_min}")
-    for name in ("alpha", "beta", "noisy_sigma"):
-        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
-    require(args, "sparsity", 0 <= args.sparsity < 1, "a number in [0, 1)")
-    require(args, "sticky_actions", 0 <= args.sticky_actions < 1, "a number in [0, 1)")
-    require(args, "prune_end", 0 < args.prune_end <= 1, "a number in (0, 1]")
     require(args, "prune_start", 0 <= args.prune_start < args.prune_end, f"a number in [0, {args.prune_end})")
 
 
@@ -679,8 +660,7 @@ def main(args: Args) -> np.ndarray:
         dataset.close()
     if run.stopping:
         save_checkpoint()
-        run.close()
-        print(f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
+        run.stop(global_step)
         return np.array([])
     model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
     model["masks"] = {"q_network": {name: mask.bool() for name, mask in masks.items()}}
@@ -702,11 +682,7 @@ def main(args: Args) -> np.ndarray:
     run.bar.close()
     print(f"playing {args.eval_episodes} episodes with the final network")
     returns, _ = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000)
-    for episode, value in enumerate(returns):
-        run.scalars({"eval/episodic_return": value}, episode)
-    run.close()
-    print(f"model.pt, curve.png and the logs are in {run.folder}")
-    print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
+    run.finish(returns)
     return returns
 
 

@@ -30,6 +30,7 @@ from torch import nn
 from utils.diagnostics import ever_active, interference, report
 from utils.envs import cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
+from utils.flags import changed_flags, fail, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -45,17 +46,13 @@ from utils.plot import learning_curve
 from utils.replay import Batch, Replay
 from utils.runs import (
     Run,
-    changed_flags,
     choose_device,
-    fail,
     in_words,
     load_checkpoint,
     load_optimizer,
     median_seconds,
     parse_args,
     read_episodes,
-    require,
-    require_numbers,
     rng_state,
     save_atomically,
     set_rng_state,
@@ -438,27 +435,11 @@ def check(args: Args) -> None:
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
-    require_numbers(args)
+    require_ranges(args)
     require(args, "learning_starts", args.learning_starts >= args.num_envs, f"at least num-envs, here {args.num_envs}")
-    least = math.ceil(args.learning_starts + 10 / args.utd) if args.utd > 0 else 1
+    least = math.ceil(args.learning_starts + 10 / args.utd)
     require(args, "total_timesteps", args.total_timesteps >= least, f"at least {least} here, for 10 updates")
-    for name in ("width", "depth", "num_envs", "batch_size", "buffer_size", "action_repeat", "num_critics"):
-        require(args, name, getattr(args, name) is None or getattr(args, name) >= 1, "a whole number from 1 on")
-    for name in ("prune_interval", "rewire_interval", "eval_episodes"):
-        require(args, name, getattr(args, name) >= 1, "a whole number from 1 on")
-    for name in ("utd", "init_alpha", "policy_lr", "q_lr"):
-        require(args, name, getattr(args, name) > 0, "a number above 0")
-    for name in ("sparsity", "actor_sparsity", "critic_sparsity"):
-        require(args, name, getattr(args, name) is None or 0 <= getattr(args, name) < 1, "a number in [0, 1)")
-    require(args, "gamma", args.gamma is None or 0 <= args.gamma <= 1, "a number in [0, 1]")
-    require(args, "tau", 0 < args.tau <= 1, "a number in (0, 1]")
-    for name in ("weight_decay", "exploration_noise"):
-        require(args, name, getattr(args, name) >= 0, "a number from 0 on")
-    require(args, "mask_seed", args.mask_seed is None or args.mask_seed >= 0, "a whole number from 0 on")
-    require(args, "prune_end", 0 < args.prune_end <= 1, "a number in (0, 1]")
     require(args, "prune_start", 0 <= args.prune_start < args.prune_end, f"a number in [0, {args.prune_end})")
-    require(args, "rewire_end", 0 < args.rewire_end <= 1, "a number in (0, 1]")
-    require(args, "drop_fraction", 0 <= args.drop_fraction <= 1, "a number in [0, 1]")
 
 
 def main(args: Args) -> np.ndarray:
@@ -754,8 +735,7 @@ def main(args: Args) -> np.ndarray:
     envs.close()
     if run.stopping:
         save_checkpoint()
-        run.close()
-        print(f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {run.folder}/checkpoint.pt")
+        run.stop(global_step)
         return np.array([])
     del networks["target_critic"]
     model = {"networks": {name: network.state_dict() for name, network in networks.items()}, "masks": bool_masks()}
@@ -775,11 +755,7 @@ def main(args: Args) -> np.ndarray:
     run.bar.close()
     print(f"playing {args.eval_episodes} episodes with the final network")
     returns, _ = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000)
-    for episode, value in enumerate(returns):
-        run.scalars({"eval/episodic_return": value}, episode)
-    run.close()
-    print(f"model.pt, curve.png and the logs are in {run.folder}")
-    print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
+    run.finish(returns)
     return returns
 
 

@@ -472,7 +472,7 @@ def test_a_run_does_not_die_of_its_logger(train, monkeypatch, capfd):
     assert sum("TensorBoard" in line for line in warnings) == sum("episodes.csv" in line for line in warnings) == 1
 
 
-def test_a_run_does_not_die_of_a_full_disk(train, monkeypatch, capfd):
+def test_a_run_does_not_die_of_a_full_disk(train, stop_at, monkeypatch, capfd):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -481,6 +481,9 @@ def test_a_run_does_not_die_of_a_full_disk(train, monkeypatch, capfd):
     assert not list(folder.glob("*.pt*"))
     lines = [line for line in capfd.readouterr().err.splitlines() if "not saved" in line]
     assert [name in line for name, line in zip(("checkpoint.pt", "model.pt"), lines)] == [True, True]
+    stop_at(300)
+    train()
+    assert capfd.readouterr().out.endswith("stopped at step 300\n")  # nothing to go on from
 
 
 def test_a_resumed_run_has_the_flags_learning_rate(train, stop_at, stopped):

@@ -1,9 +1,13 @@
 """What several scripts have under one name is the same in all, so that their `diff` shows the algorithm alone."""
 
 import ast
+import importlib
+from typing import get_type_hints
 
 import pytest
 from conftest import ROOT
+
+from utils.flags import RANGES
 
 SCRIPTS = ("dqn_sparse", "rainbow_pruned", "cql_pruned", "sac_sparse")
 DIFFERENT = {  # and why
@@ -58,3 +62,14 @@ def test_one_name_has_one_meaning(name):
 @pytest.mark.parametrize("name", [*DIFFERENT, *DIFFERENT_IN_SAC])
 def test_no_exception_is_out_of_date(name):
     assert len(set(versions(name).values())) > 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_among_the_flags_has_a_range(script):
+    types = get_type_hints(importlib.import_module(script).Args)
+    numbers = {name for name, kind in types.items() if kind in (int, float, int | None, float | None)}
+    ranged = " ".join(names for _, names in RANGES.values()).split()
+    assert len(ranged) == len(set(ranged))
+    depend_on_others = {"total_timesteps", "learning_starts", "prune_start", "v_max"}
+    may_be_anything = {"v_min", "target_entropy"}
+    assert numbers - set(ranged) <= depend_on_others | may_be_anything

@@ -58,7 +58,7 @@ def warn(message: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 2, as utils/runs.py does."""
+    """Ends the program with one line on stderr and exit code 2, as utils/flags.py does."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,8 +1,7 @@
-"""A run's bookkeeping: flags, folder, progress line, TensorBoard, episode log, signals and checkpoints."""
+"""A run's bookkeeping: command line, folder, progress line, TensorBoard, episode log, signals and checkpoints."""
 
 import csv
 import json
-import math
 import os
 import pickle
 import signal
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,28 +22,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.flags import fail
+
 ArgsT = TypeVar("ArgsT")
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def require(args: object, name: str, ok: bool, takes: str) -> None:
-    """Ends the program unless `ok`, naming the flag of the field `name`, what it got and what it takes."""
-    if not ok:
-        fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
-
-
-def require_numbers(args: object) -> None:
-    """Ends the program if a number among the flags is infinite or none, or a seed one that some library refuses."""
-    for name, value in vars(args).items():
-        require(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-    require(args, "seed", 0 <= args.seed < 2**30, "a whole number from 0 on, below 2^30")
-    for name in ("checkpoint_every", "diagnostics_every"):
-        require(args, name, getattr(args, name) >= 0, "a whole number from 0 on")
 
 
 def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict[str, object]]) -> ArgsT:
@@ -109,6 +89,7 @@ class Run:
             total: steps of the whole run, `args.total_timesteps` unless given.
             unit: what a step is called on the progress line.
         """
+        self.script, self.unit = script, unit
         wandb = import_wandb() if args.track else None
         if args.resume:
             self.folder = Path(args.resume).resolve().parent
@@ -210,6 +191,21 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def stop(self, step: int) -> None:
+        """Closes the logs before the end, and says how to go on."""
+        self.close()
+        checkpoint = self.folder / "checkpoint.pt"
+        how = f"; go on with: python {self.script}.py --resume {checkpoint}" if checkpoint.exists() else ""
+        print(f"stopped at {self.unit} {step}{how}")
+
+    def finish(self, returns: np.ndarray) -> None:
+        """Logs the final evaluation's returns (episodes,), closes the logs, and says where everything is."""
+        for episode, value in enumerate(returns):
+            self.scalars({"eval/episodic_return": value}, episode)
+        self.close()
+        print(f"model.pt, curve.png and the logs are in {self.folder}")
+        print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
+
 
 def import_wandb() -> ModuleType:
     """Weights & Biases, an optional package."""
@@ -279,13 +275,6 @@ def load_checkpoint(path: str, script: str) -> dict:
     if "rng" not in content:
         fail(f"--resume: got {path}, takes a checkpoint.pt; this one is a finished run's model.pt")
     return content
-
-
-def changed_flags(saved: dict, args: object) -> str:
-    """The flags whose value is not the one that a checkpoint's run had, and both values; for a message."""
-    changed = {name: value for name, value in asdict(args).items() if name != "resume" and saved.get(name) != value}
-    said = [f"--{name.replace('_', '-')} {value} (it has {saved.get(name)})" for name, value in changed.items()]
-    return ", ".join(said) or "this version of the script"
 
 
 def rng_state(generator: np.random.Generator) -> dict:
