@@ -1,5 +1,6 @@
 """sac_sparse.py against published counts, closed forms, torch.distributions and a slow literal SAC."""
 
+import importlib.util
 import inspect
 import math
 import re
@@ -18,7 +19,7 @@ from torch import nn
 import dqn_sparse
 import sac_sparse
 from sac_sparse import CLEANRL, PENDULUM, Args, RSNorm, make_networks
-from utils.envs import make_envs, unknown_env
+from utils.envs import INSTALL_DM_CONTROL, make_envs, unknown_env
 from utils.masks import erk_densities, prunable, random_mask
 from utils.replay import Batch
 
@@ -653,12 +654,17 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(tmp_path, cap
     find_spec = sac_sparse.unknown_env.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == package else find_spec(name, *a))
     args = small(tmp_path, env_id="dm_control/cheetah-run-v0")
-    ends_with_one_line(capsys, args, "pip install 'shimmy[dm-control]'")
+    ends_with_one_line(capsys, args, f"needs DeepMind Control; {INSTALL_DM_CONTROL}")
 
 
 # Real environments
 
+needs_dm_control = pytest.mark.skipif(
+    importlib.util.find_spec("dm_control") is None, reason="DeepMind Control is not installed"
+)
 
+
+@needs_dm_control
 def test_deepmind_control_as_in_the_paper():
     assert unknown_env("dm_control/cheetah-run-v0") is None
     envs = make_envs("dm_control/cheetah-run-v0", 2, action_repeat=2)
@@ -674,13 +680,16 @@ def test_deepmind_control_as_in_the_paper():
     envs.close()
 
 
+@needs_dm_control
 def test_deepmind_control_in_a_process_that_has_not_looked_for_it():
     """As `python -m utils.evaluate` makes it."""
     made = run_script("-c", "from utils.envs import make_envs; make_envs('dm_control/cheetah-run-v0', 1)")
     assert made.returncode == 0, made.stderr
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Humanoid-v5", "dm_control/cheetah-run-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["HalfCheetah-v5", "Humanoid-v5", pytest.param("dm_control/cheetah-run-v0", marks=needs_dm_control)]
+)
 def test_real_environments_train(tmp_path, small_simba, env_id):
     flags = {"network": "simba", "sparsity": 0.8, "total_timesteps": 30, "batch_size": 4, "utd": 1.0}
     returns = sac_sparse.main(small(tmp_path, env_id=env_id, **flags))

@@ -8,6 +8,7 @@ first observation of the next episode and a reward of 0, and is no transition.
 import difflib
 import importlib.util
 import re
+import sys
 
 import ale_py
 import gymnasium as gym
@@ -26,6 +27,12 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 gym.register_envs(ale_py)
 
 FRAME_SKIP, STACK, SCREEN = 4, 4, 84
+# labmaze, which dm-control asks for and the suite does without, has no wheel for Python 3.13
+INSTALL_DM_CONTROL = (
+    "pip install 'shimmy[dm-control]' 'mujoco<4'"
+    if sys.version_info < (3, 13)
+    else "pip install shimmy dm-env lxml requests scipy 'mujoco<4' && pip install --no-deps dm-control"
+)
 MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
 
 
@@ -39,7 +46,7 @@ def unknown_env(env_id: str) -> str | None:
     """None if `env_id` is known, else what is wrong with it and the nearest ids or what to install, in one line."""
     if env_id.startswith("dm_control/"):
         if not (importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control")):
-            return f"{env_id} needs DeepMind Control; pip install 'shimmy[dm-control]' 'mujoco<4'"
+            return f"{env_id} needs DeepMind Control; {INSTALL_DM_CONTROL}"
         importlib.import_module("shimmy")  # registers the ids
     game = atari_game(env_id)
     wanted = f"ALE/{game}-v5" if game else env_id
