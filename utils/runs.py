@@ -229,10 +229,11 @@ def read_episodes(path: Path) -> list[tuple[int, float, int]]:
     """The rows (step, return, length) of an `episodes.csv`; the torn last line of a killed run is passed over."""
     rows = []
     if path.exists():
-        for row in list(csv.reader(path.open(newline="")))[1:]:
+        for line in path.read_text().split("\n")[1:-1]:
             try:
-                rows.append((int(row[0]), float(row[1]), int(row[2])))
-            except (ValueError, IndexError):
+                step, episode_return, length = line.split(",")
+                rows.append((int(step), float(episode_return), int(length)))
+            except ValueError:
                 continue
     return rows
 
