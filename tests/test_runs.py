@@ -185,7 +185,8 @@ def test_a_model_is_no_checkpoint(refused, train, tmp_path):
 
 @pytest.mark.parametrize("script", ["dqn_sparse", "rainbow_pruned", "sac_sparse", "cql_pruned"])
 def test_bad_input_in_a_process_of_its_own(tmp_path, script):
-    needed = ["--dataset", "data", "--env-id", "CartPole-v1"] if script == "cql_pruned" else []
+    needed = ["--env-id", "Pendulum-v1" if script == "sac_sparse" else "CartPole-v1", "--network", "mlp"]
+    needed += ["--dataset", "data"] if script == "cql_pruned" else []
     ended = run_script(f"{script}.py", *needed, "--sparsity", "1", "--runs-dir", str(tmp_path / "runs"))
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.endswith("error: --sparsity: got 1.0, takes a number in [0, 1)\n")
