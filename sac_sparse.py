@@ -276,8 +276,10 @@ class Actor(nn.Module):
 
     def forward(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (B, D) -> (B, A), (B,)
         """A random action and the logarithm of its density."""
-        features = self.encoder(observation[None])
-        mean, raw = self.mean(features)[0], self.log_std(features)[0]  # (B, A)
+        # Two products with so few columns would take twice as long as one; only the masks must know the heads apart
+        weight = torch.cat([self.mean.weight, self.log_std.weight], 2)  # (1, hidden, 2A)
+        bias = torch.cat([self.mean.bias, self.log_std.bias]).view(1, 1, -1)
+        mean, raw = torch.baddbmm(bias, self.encoder(observation[None]), weight)[0].chunk(2, 1)  # (B, A)
         log_std = self.min_log_std + (2 - self.min_log_std) / 2 * (1 + torch.tanh(raw))  # up to 2
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
@@ -473,14 +475,15 @@ def main(args: Args) -> np.ndarray:
     actor, critic = (network.to(device) for network in make_networks(args, *space.shape, *actions.shape))
     target_critic, rsnorm = copy.deepcopy(critic), RSNorm(*space.shape).to(device)
     networks = {"actor": actor, "critic": critic, "target_critic": target_critic, "rsnorm": rsnorm}
+    parameters = {name: list(network.parameters()) for name, network in networks.items()}
     # DDPG is the same agent at temperature 0
     log_alpha = torch.tensor(math.log(args.init_alpha) if args.algorithm == "sac" else -math.inf, device=device)
     log_alpha.requires_grad_()
     target_entropy = args.target_entropy * math.prod(actions.shape)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizers = {
-        "actor": torch.optim.AdamW(actor.parameters(), args.policy_lr, weight_decay=args.weight_decay, **adam),
-        "critic": torch.optim.AdamW(critic.parameters(), args.q_lr, weight_decay=args.weight_decay, **adam),
+        "actor": torch.optim.AdamW(parameters["actor"], args.policy_lr, weight_decay=args.weight_decay, **adam),
+        "critic": torch.optim.AdamW(parameters["critic"], args.q_lr, weight_decay=args.weight_decay, **adam),
         "alpha": torch.optim.Adam([log_alpha], args.q_lr, **adam),
     }
 
@@ -638,11 +641,13 @@ def main(args: Args) -> np.ndarray:
     def learn(mask_due: bool = False) -> tuple:
         """One update, and a change of the masks if it is due; the latest losses and mean of Q(s, a)."""
         batch = replay.sample(args.batch_size)  # raw observations: the statistics of today normalise them
-        batch = batch._replace(observation=rsnorm(batch.observation), next_observation=rsnorm(batch.next_observation))
+        if args.rsnorm:
+            observation, next_observation = rsnorm(batch.observation), rsnorm(batch.next_observation)
+            batch = batch._replace(observation=observation, next_observation=next_observation)
 
         policy_loss, entropy = actor_loss(actor, critic, batch.observation, log_alpha.detach().exp())
         optimizers["actor"].zero_grad()
-        policy_loss.backward(inputs=list(actor.parameters()))  # the critic gets no gradient from it
+        policy_loss.backward(inputs=parameters["actor"])  # the critic gets no gradient from it
         step_weights("actor", mask_due)
 
         alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
@@ -659,7 +664,7 @@ def main(args: Args) -> np.ndarray:
         if mask_due:
             apply_masks(target_weights, masks["critic"])
         with torch.no_grad():  # zeros stay zeros: both networks have the same
-            torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+            torch._foreach_lerp_(parameters["target_critic"], parameters["critic"], args.tau)
         return policy_loss.detach(), alpha_loss.detach(), q_losses.detach(), q_values
 
     graphs = args.cuda_graph and device.type == replay.device.type == "cuda"
