@@ -152,28 +152,29 @@ class Replay:
 
     def gather(self, start: torch.Tensor) -> Batch:
         """The transitions that start at `start` (B,), each row * num_envs + env."""
-        row, env = start // self.num_envs, start % self.num_envs
-        window = (row[:, None] + self.ahead) % self.length  # (B, n)
-        terminal, end = self.terminal[window, env[:, None]], self.end[window, env[:, None]]
+        places = self.length * self.num_envs
+        window = (start[:, None] + self.num_envs * self.ahead) % places  # (B, n)
+        terminal, end = self.terminal.view(-1)[window], self.end.view(-1)[window]
         stop = (terminal | end).int()
         played = (stop.cumsum(1) - stop) == 0  # (B, n): no stop before this step
         steps = played.sum(1)  # m
-        reward = (self.reward[window, env[:, None]] * self.discounts[:-1] * played).sum(1)
+        reward = (self.reward.view(-1)[window] * self.discounts[:-1] * played).sum(1)
         discount = self.discounts[steps] * ~(terminal & played).any(1)
         batch = Batch(
-            self._observation(row, env),
-            self.action[row, env],
+            self._observation(start),
+            self.action.flatten(0, 1)[start],
             reward,
             discount,
-            self._observation((row + steps) % self.length, env),
+            self._observation((start + self.num_envs * steps) % places),
         )
         return batch if self.device == self.out_device else Batch(*(x.to(self.out_device) for x in batch))
 
-    def _observation(self, row: torch.Tensor, env: torch.Tensor) -> torch.Tensor:
-        """The observations (B, *observation shape) whose newest frames are in rows `row` of environments `env`."""
-        frames = self.frames[(row[:, None] - self.back) % self.length, env[:, None]]  # (B, stack, channels, ...)
+    def _observation(self, place: torch.Tensor) -> torch.Tensor:
+        """The observations (B, *observation shape) whose newest frames are at `place` (B,): row * num_envs + env."""
+        stack = (place[:, None] - self.num_envs * self.back) % (self.length * self.num_envs)  # (B, stack)
+        frames = self.frames.flatten(0, 1)[stack]  # (B, stack, channels, ...)
         if self.stack > 1:
-            before_episode = self.back > self.age[row, env][:, None]  # (B, stack)
+            before_episode = self.back > self.age.view(-1)[place][:, None]  # (B, stack)
             frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
         return frames.flatten(1, 2)
 
