@@ -33,7 +33,7 @@ from utils.dataset import DatasetWriter
 from utils.diagnostics import interference, report, target_variance
 from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
-from utils.flags import changed_flags, fail, require, require_ranges
+from utils.flags import changed_flags, fail, first_line, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -432,7 +432,7 @@ def main(args: Args) -> np.ndarray:
     try:
         envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
     except Exception as error:  # of whatever library the environment needs
-        fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
+        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space
     images = atari_game(args.env_id) is not None
     if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):

@@ -30,7 +30,7 @@ from torch import nn
 from utils.diagnostics import ever_active, interference, report
 from utils.envs import cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
-from utils.flags import changed_flags, fail, require, require_ranges
+from utils.flags import changed_flags, fail, first_line, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -462,7 +462,7 @@ def main(args: Args) -> np.ndarray:
     try:
         envs = make_envs(args.env_id, args.num_envs, action_repeat=repeat)
     except Exception as error:  # of whatever library the environment needs
-        fail(f"--env-id: cannot make {args.env_id}: {str(error).splitlines()[0]}")
+        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space
     bounded = isinstance(actions, gym.spaces.Box) and actions.is_bounded()
     if not bounded or not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -475,6 +475,7 @@ def main(args: Args) -> np.ndarray:
     actor, critic = (network.to(device) for network in make_networks(args, *space.shape, *actions.shape))
     target_critic, rsnorm = copy.deepcopy(critic), RSNorm(*space.shape).to(device)
     networks = {"actor": actor, "critic": critic, "target_critic": target_critic, "rsnorm": rsnorm}
+    normalise = rsnorm if args.rsnorm else nn.Identity()
     parameters = {name: list(network.parameters()) for name, network in networks.items()}
     # DDPG is the same agent at temperature 0
     log_alpha = torch.tensor(math.log(args.init_alpha) if args.algorithm == "sac" else -math.inf, device=device)
@@ -599,7 +600,8 @@ def main(args: Args) -> np.ndarray:
     def look() -> dict[str, float]:
         """The diagnostics of both networks, on a sample of the replay."""
         batch, alpha = replay.sample(256), log_alpha.detach().exp()
-        batch = batch._replace(observation=rsnorm(batch.observation), next_observation=rsnorm(batch.next_observation))
+        observation, next_observation = normalise(batch.observation), normalise(batch.next_observation)
+        batch = batch._replace(observation=observation, next_observation=next_observation)
         scalars = report(actor, batch.observation, masks=masks["actor"], prefix="diagnostics/actor")
         scalars |= report(critic, batch.observation, batch.action, masks=masks["critic"], prefix="diagnostics/critic")
         scalars |= {f"diagnostics/{net}/ever_active": ever_active(ever[net], masks[net]) for net in masks}
@@ -621,7 +623,7 @@ def main(args: Args) -> np.ndarray:
 
     @torch.inference_mode()
     def explore() -> torch.Tensor:  # (num_envs, A)
-        return actor(rsnorm(observation))[0]
+        return actor(normalise(observation))[0]
 
     def step_weights(net: str, mask_due: bool) -> None:
         """One step of the actor's or the critics' weights, and a change of their masks if it is due."""
@@ -641,9 +643,8 @@ def main(args: Args) -> np.ndarray:
     def learn(mask_due: bool = False) -> tuple:
         """One update, and a change of the masks if it is due; the latest losses and mean of Q(s, a)."""
         batch = replay.sample(args.batch_size)  # raw observations: the statistics of today normalise them
-        if args.rsnorm:
-            observation, next_observation = rsnorm(batch.observation), rsnorm(batch.next_observation)
-            batch = batch._replace(observation=observation, next_observation=next_observation)
+        observation, next_observation = normalise(batch.observation), normalise(batch.next_observation)
+        batch = batch._replace(observation=observation, next_observation=next_observation)
 
         policy_loss, entropy = actor_loss(actor, critic, batch.observation, log_alpha.detach().exp())
         optimizers["actor"].zero_grad()
@@ -751,7 +752,7 @@ def main(args: Args) -> np.ndarray:
 
     @torch.inference_mode()
     def policy(observation: np.ndarray) -> np.ndarray:
-        return actor.greedy(rsnorm(to_device(observation))).cpu().numpy()
+        return actor.greedy(normalise(to_device(observation))).cpu().numpy()
 
     if args.capture_video:
         envs = make_video_env(args.env_id, str(run.folder / "videos"), action_repeat=repeat)

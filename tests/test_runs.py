@@ -473,6 +473,11 @@ def test_a_run_does_not_die_of_its_logger(train, monkeypatch, capfd):
     assert sum("TensorBoard" in line for line in warnings) == sum("episodes.csv" in line for line in warnings) == 1
 
 
+def test_the_progress_line_of_several_environments_ends_at_its_end(train, capfd):
+    train(num_envs=3)  # 3 do not divide the steps
+    assert "100%" in capfd.readouterr().err
+
+
 def test_a_run_does_not_die_of_a_full_disk(train, stop_at, monkeypatch, capfd):
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -24,6 +24,8 @@ from gymnasium.wrappers import (
 )
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from utils.flags import first_line
+
 gym.register_envs(ale_py)
 
 FRAME_SKIP, STACK, SCREEN = 4, 4, 84
@@ -66,8 +68,8 @@ def cannot_render(env_id: str) -> str | None:
         env.render()
         env.close()
     except Exception as error:  # every renderer has its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"{env_id} cannot be drawn here ({reason}); without a screen, MuJoCo needs MUJOCO_GL=egl or osmesa"
+        hint = "without a screen, MuJoCo needs MUJOCO_GL=egl or osmesa"
+        return f"{env_id} cannot be drawn here ({first_line(error)}); {hint}"
 
 
 def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:

@@ -17,6 +17,11 @@ def require(args: object, name: str, ok: bool, takes: str) -> None:
         fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of its message, or its kind if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 # What the flags take, in whichever script has them.
 RANGES = {
     "a number in [0, 1)": (lambda x: 0 <= x < 1, "sparsity actor_sparsity critic_sparsity sticky_actions"),

@@ -22,7 +22,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.flags import fail
+from utils.flags import fail, first_line
 
 ArgsT = TypeVar("ArgsT")
 
@@ -252,7 +252,7 @@ def save_atomically(content: dict, path: Path) -> None:
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch has its own for a write that fails
         beside.unlink(missing_ok=True)
-        print(f"\nnot saved: {path}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"\nnot saved: {path}: {first_line(error)}", file=sys.stderr)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
