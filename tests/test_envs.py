@@ -6,7 +6,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.envs import atari_game, make_envs, make_video_env, unknown_env
+from utils.envs import atari_game, cannot_render, make_envs, make_video_env, unknown_env
 from utils.evaluate import evaluate
 
 
@@ -198,3 +198,8 @@ def test_evaluation_hands_observations_to_the_policy():
     }.items():
         returns[name] = evaluate(make_envs("CartPole-v1", 3), policy, 3, seed=0)[0].mean()
     assert returns["looks"] > 100 > 15 > returns["blind"]
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "CartPole-v1"])
+def test_what_can_be_drawn(env_id):
+    assert cannot_render(env_id) is None

@@ -59,9 +59,7 @@ def unknown_env(env_id: str) -> str | None:
 
 
 def cannot_render(env_id: str) -> str | None:
-    """None if an environment draws pictures on this machine, as Atari always does; else what to try, in one line."""
-    if atari_game(env_id):
-        return None
+    """None if an environment draws pictures on this machine, else what to try, in one line."""
     try:
         env = gym.make(env_id, render_mode="rgb_array")
         env.reset()
