@@ -482,10 +482,11 @@ def main(args: Args) -> np.ndarray:
     log_alpha.requires_grad_()
     target_entropy = args.target_entropy * math.prod(actions.shape)
     adam = {"fused": True, "capturable": device.type == "cuda"}
+    temperature = {"params": [log_alpha], "lr": args.q_lr, "weight_decay": 0.0}  # steps with the actor
+    actor_groups = [{"params": parameters["actor"]}, temperature]
     optimizers = {
-        "actor": torch.optim.AdamW(parameters["actor"], args.policy_lr, weight_decay=args.weight_decay, **adam),
+        "actor": torch.optim.AdamW(actor_groups, args.policy_lr, weight_decay=args.weight_decay, **adam),
         "critic": torch.optim.AdamW(parameters["critic"], args.q_lr, weight_decay=args.weight_decay, **adam),
-        "alpha": torch.optim.Adam([log_alpha], args.q_lr, **adam),
     }
 
     # Masks: ones and zeros in the weights' shapes, changed only in place
@@ -647,15 +648,10 @@ def main(args: Args) -> np.ndarray:
         batch = batch._replace(observation=observation, next_observation=next_observation)
 
         policy_loss, entropy = actor_loss(actor, critic, batch.observation, log_alpha.detach().exp())
-        optimizers["actor"].zero_grad()
-        policy_loss.backward(inputs=parameters["actor"])  # the critic gets no gradient from it
-        step_weights("actor", mask_due)
-
         alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
-        if args.algorithm == "sac":
-            optimizers["alpha"].zero_grad()
-            alpha_loss.backward()
-            optimizers["alpha"].step()
+        optimizers["actor"].zero_grad()
+        (policy_loss + alpha_loss).backward(inputs=[*parameters["actor"], log_alpha])  # the critic gets no gradient
+        step_weights("actor", mask_due)
 
         q_losses, q_values = critic_loss(actor, critic, target_critic, batch, log_alpha.detach().exp())
         optimizers["critic"].zero_grad()

@@ -209,13 +209,16 @@ def test_goes_on_from_its_state_as_if_nothing_had_happened(case, steps, more, n_
     assert_same_transitions(loaded, naive.transitions(new_rows))
 
 
-@pytest.mark.parametrize("other", ["longer", "shorter", "more environments", "other frames", "other n"])
+@pytest.mark.parametrize(
+    "other", ["longer", "shorter", "more environments", "other frames", "other n", "other discount"]
+)
 def test_refuses_the_state_of_another_replay(other):
     full = Replay(20, 2, space(4, 1), Discrete(3), 4, 1, GAMMA, CPU)
     fill(full, play(2, [[5], [7]], [["terminated"], ["truncated"]], 30), 4)
     rows, num_envs = {"longer": 15, "shorter": 8}.get(other, 10), 3 if other == "more environments" else 2
     frame, n_step = space(4, 2 if other == "other frames" else 1), 3 if other == "other n" else 1
-    replay = Replay(rows * num_envs, num_envs, frame, Discrete(3), 4, n_step, GAMMA, CPU)
+    gamma = 0.8 if other == "other discount" else GAMMA
+    replay = Replay(rows * num_envs, num_envs, frame, Discrete(3), 4, n_step, gamma, CPU)
     with pytest.raises(ValueError):
         replay.load_state_dict(full.state_dict())
 

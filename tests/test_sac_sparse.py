@@ -537,7 +537,7 @@ def test_resume_goes_on_exactly_where_the_checkpoint_was(tmp_path, monkeypatch, 
     assert (end["global_step"], end["update"]) == (60, 40)
     assert end["networks"]["rsnorm"]["count"] == pytest.approx(60 + 1e-4)  # one observation for each agent step
     assert saved["replay"]["added"] == 50 + 9 and end["replay"]["added"] == 60 + 11  # steps and resets
-    for net, parameters in (("actor", 14), ("critic", 18)):
+    for net, parameters in (("actor", 14 + 1), ("critic", 18)):  # and the temperature
         steps = [state["step"].item() for state in end["optimizers"][net]["state"].values()]
         assert len(steps) == parameters and len(set(steps)) == 1
         assert steps[0] == 40 if method != "rigl" else steps[0] < 40  # rewirings stand in for weight updates

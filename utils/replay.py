@@ -20,12 +20,13 @@ class Batch(NamedTuple):
 
 
 class Replay:
-    """A ring of rows; a row holds what one step of all environments saw: frame, action, reward, terminal, end.
+    """A ring of rows; a row holds one step of all environments: the frame seen, the action, and the n-step return.
 
-    The stack of an observation is gathered at sampling time from the rows before it, and its n-step window from the
-    rows after it; neither crosses the edge of an episode. A frame older than the episode's first is all zeros. The row
-    that follows an episode's end belongs to the step that resets the environment (Gymnasium's NEXT_STEP autoreset): its
-    frame is the episode's last observation, from which a truncated episode bootstraps, and no transition starts there.
+    A return is added up once, when its window has been played; the stack of an observation is gathered at sampling time
+    from the rows before it. Neither crosses the edge of an episode, and a frame older than the episode's first is all
+    zeros. The row that follows an episode's end belongs to the step that resets the environment (Gymnasium's NEXT_STEP
+    autoreset): its frame is the episode's last observation, from which a truncated episode bootstraps, and no
+    transition starts there.
 
     Every transition that starts in the last `capacity // num_envs` rows and whose n-step window has been played is
     drawn with the same probability. `sample` and `add` never make the host wait for a GPU, and `sample` can be captured
@@ -68,8 +69,8 @@ class Replay:
         action_dtype = torch.int64 if isinstance(action_space, Discrete) else torch.float32
         self.action = torch.zeros(*rows_of_envs, *action_space.shape, dtype=action_dtype, device=self.device)
         self.reward = torch.zeros(rows_of_envs, device=self.device)
-        self.terminal = torch.zeros(rows_of_envs, dtype=torch.bool, device=self.device)
-        self.end = torch.zeros(rows_of_envs, dtype=torch.bool, device=self.device)
+        self.discount = torch.zeros(rows_of_envs, device=self.device)
+        self.ahead = torch.zeros(rows_of_envs, dtype=torch.int32, device=self.device)  # m * num_envs
         self.age = torch.zeros(rows_of_envs, dtype=torch.uint8, device=self.device)  # older frames in the stack
 
         # The transitions that may be drawn, oldest first: a queue of row * num_envs + env, `count` from `first` on.
@@ -83,10 +84,10 @@ class Replay:
         self.is_start = np.zeros(rows_of_envs, dtype=bool)
         self.just_ended = np.zeros(num_envs, dtype=bool)
         self.now_age = np.zeros(num_envs, dtype=np.uint8)
+        self.window = np.zeros((3, n_step, num_envs), dtype=np.float32)  # reward, terminal, end of the last n rows
+        self.discounts = np.float32(gamma ** np.arange(n_step + 1))  # gamma^0 .. gamma^n
 
         self.back = torch.arange(stack - 1, -1, -1, device=self.device)  # stack-1 .. 0
-        self.ahead = torch.arange(n_step, device=self.device)  # 0 .. n-1
-        self.discounts = gamma ** torch.arange(n_step + 1, device=self.device)  # gamma^0 .. gamma^n
 
     def __len__(self) -> int:
         """Number of transitions that can be drawn."""
@@ -117,19 +118,25 @@ class Replay:
         self.frames[row] = observation[:, -self.frame_channels :]
         self.frames[following] = next_observation[:, -self.frame_channels :]
         self.action[row] = self._to_device(action)
-        self.reward[row] = self._to_device(np.asarray(reward, dtype=np.float32))
-        self.terminal[row] = self._to_device(terminal)
-        self.end[row] = self._to_device(end)
-        self.age[row] = self._to_device(self.now_age)
         self.is_start[row] = ~self.just_ended
         self.now_age = np.where(self.just_ended, 0, np.minimum(self.now_age + 1, self.stack - 1)).astype(np.uint8)
         self.age[following] = self._to_device(self.now_age)
         self.just_ended = np.array(end)
-        self.added += 1
-        return self._advance_queue()
+        return self._advance(reward, terminal, end)
 
-    def _advance_queue(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lets in the row whose n-step window is now complete, and drops the one that is now too old."""
+    def _advance(self, reward: np.ndarray, terminal: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends a row: lets in the one whose n-step window is now complete, and drops the one that is now too old."""
+        self.added += 1
+        self.window = np.concatenate((self.window[:, 1:], np.float32([[reward], [terminal], [end]])), axis=1)
+        reward, terminal, end = self.window  # (n, num_envs) each
+        stop = np.maximum(terminal, end)
+        played = stop.cumsum(axis=0) == stop  # (n, num_envs): no stop before this step
+        steps = played.sum(axis=0)  # m
+        row = (self.added - self.n_step) % self.length  # a negative one is written again before it is ever drawn
+        self.reward[row] = self._to_device((reward * self.discounts[:-1, None] * played).sum(axis=0))
+        self.discount[row] = self._to_device(self.discounts[steps] * (1 - (terminal * played).max(axis=0)))
+        self.ahead[row] = self._to_device(steps * self.num_envs)
+
         entered, dropped = self._starts_in(self.added - self.n_step), self._starts_in(self.added - self.rows - 1)
         place = (self.queue_first + self.queue_count + np.arange(len(entered))) % len(self.starts)
         self.starts[self._to_device(place)] = self._to_device(entered)
@@ -142,7 +149,7 @@ class Replay:
     def _starts_in(self, row: int) -> np.ndarray:
         """The transitions (int64) that start in the `row`-th row ever added; none if there is no such row."""
         place = row % self.length
-        return place * self.num_envs + np.flatnonzero(self.is_start[place] & (row >= 0))
+        return place * self.num_envs + (self.is_start[place] & (row >= 0)).nonzero()[0]
 
     def sample(self, batch_size: int) -> Batch:
         """Draws `batch_size` transitions, uniformly and with replacement, onto the training device."""
@@ -152,30 +159,25 @@ class Replay:
 
     def gather(self, start: torch.Tensor) -> Batch:
         """The transitions that start at `start` (B,), each row * num_envs + env."""
-        places = self.length * self.num_envs
-        window = (start[:, None] + self.num_envs * self.ahead) % places  # (B, n)
-        terminal, end = self.terminal.view(-1)[window], self.end.view(-1)[window]
-        stop = (terminal | end).int()
-        played = (stop.cumsum(1) - stop) == 0  # (B, n): no stop before this step
-        steps = played.sum(1)  # m
-        reward = (self.reward.view(-1)[window] * self.discounts[:-1] * played).sum(1)
-        discount = self.discounts[steps] * ~(terminal & played).any(1)
+        following = (start + self.ahead.take(start)) % (self.length * self.num_envs)
         batch = Batch(
             self._observation(start),
-            self.action.flatten(0, 1)[start],
-            reward,
-            discount,
-            self._observation((start + self.num_envs * steps) % places),
+            self.action.flatten(0, 1).index_select(0, start),
+            self.reward.take(start),
+            self.discount.take(start),
+            self._observation(following),
         )
         return batch if self.device == self.out_device else Batch(*(x.to(self.out_device) for x in batch))
 
     def _observation(self, place: torch.Tensor) -> torch.Tensor:
         """The observations (B, *observation shape) whose newest frames are at `place` (B,): row * num_envs + env."""
-        stack = (place[:, None] - self.num_envs * self.back) % (self.length * self.num_envs)  # (B, stack)
-        frames = self.frames.flatten(0, 1)[stack]  # (B, stack, channels, ...)
-        if self.stack > 1:
-            before_episode = self.back > self.age.view(-1)[place][:, None]  # (B, stack)
-            frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
+        frames = self.frames.flatten(0, 1)
+        if self.stack == 1:
+            return frames.index_select(0, place)
+        stack = (place[:, None] - self.num_envs * self.back) % len(frames)  # (B, stack)
+        before_episode = self.back > self.age.take(place)[:, None]  # (B, stack)
+        frames = frames[stack]  # (B, stack, channels, ...)
+        frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
         return frames.flatten(1, 2)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -187,42 +189,41 @@ class Replay:
         Returns:
             As `add`.
         """
-        changed = self._starts_in(-1), self._starts_in(-1)  # none
-        if self.added:  # the last observation keeps a row of its own, as after any end
-            following = self.added % self.length
-            self.end[(self.added - 1) % self.length] = True
-            self.terminal[following] = self.end[following] = False
-            self.is_start[following] = False
-            self.added += 1
-            changed = self._advance_queue()
         self.just_ended[:] = False
         self.now_age[:] = 0
-        return changed
+        if not self.added:
+            return self._starts_in(-1), self._starts_in(-1)  # none
+        # the last observation keeps a row of its own, as after any end
+        self.window[2, -1] = True
+        self.is_start[self.added % self.length] = False
+        self.age[(self.added + 1) % self.length] = 0
+        zeros = np.zeros(self.num_envs)
+        return self._advance(zeros, zeros, zeros)
 
     def state_dict(self) -> dict:
         """For a checkpoint: the rows written so far (on a CPU, sharing the replay's memory) and the host's numbers."""
         rows = min(self.added + 1, self.length)
         rings = {name: leading_rows(getattr(self, name), rows) for name in RINGS}
         queue = leading_rows(self.starts, min(self.queue_first + self.queue_count, len(self.starts)))
-        host = {name: torch.from_numpy(getattr(self, name)) for name in ("is_start", "just_ended", "now_age")}
+        host = {name: torch.from_numpy(getattr(self, name)) for name in HOST}
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return rings | host | counters | {"starts": queue, "n_step": self.n_step}
+        return rings | host | counters | {"starts": queue}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave. A ring that had not wrapped around yet fits into a longer one.
 
         Raises:
-            ValueError: it comes from a replay of another size, kind of environment or n.
+            ValueError: it comes from a replay of another size, kind of environment, n or discount.
         """
         wrapped = state["added"] >= self.rows or state["added"] >= len(state["is_start"]) - self.stack
         same_frames = state["frames"].shape[1:] == self.frames.shape[1:]
         if not same_frames or (wrapped and len(state["is_start"]) != self.length):
             raise ValueError("its replay has another size")
-        if state["n_step"] != self.n_step:  # the queue has just the rows whose window is complete
-            raise ValueError(f"its replay is of {state['n_step']}-step returns")
+        if not np.array_equal(state["discounts"], self.discounts):  # they are in every stored return
+            raise ValueError("its replay has other returns")
         for name in (*RINGS, "starts"):
             getattr(self, name)[: len(state[name])] = state[name].to(self.device)
-        for name in ("is_start", "just_ended", "now_age"):
+        for name in HOST:
             saved = state[name].numpy()[: self.length]
             getattr(self, name)[: len(saved)] = saved
         for name in COUNTERS:
@@ -231,8 +232,9 @@ class Replay:
         self.count.fill_(self.queue_count)
 
 
-ROW_BYTES = 8 + 4 + 1 + 1 + 1 + 8 + 1  # action, reward, terminal, end, age, place in the queue, host's is_start
-RINGS = ("frames", "action", "reward", "terminal", "end", "age")
+ROW_BYTES = 8 + 4 + 4 + 4 + 1 + 8 + 1  # action, reward, discount, ahead, age, place in the queue, host's is_start
+RINGS = ("frames", "action", "reward", "discount", "ahead", "age")
+HOST = ("is_start", "just_ended", "now_age", "window", "discounts")
 COUNTERS = ("added", "queue_first", "queue_count")
 
 

@@ -257,9 +257,10 @@ def save_atomically(content: dict, path: Path) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """The moments in a checkpoint; the learning rate and the like stay as the flags have set them."""
-    own = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    optimizer.param_groups[0].update(own)
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings)
 
 
 def load_checkpoint(path: str, script: str) -> dict:
