@@ -18,7 +18,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.checkpoints import load_checkpoint, parse_args, restore, save_checkpoint, save_model
 from utils.diagnostics import interference, report, target_variance
-from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
+from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, open_envs
 from utils.evaluate import evaluate
-from utils.flags import changed_flags, fail, first_line, require, require_ranges
+from utils.flags import fail, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -42,25 +43,14 @@ from utils.masks import (
     mask_table,
     prunable,
     random_mask,
+    sparsity_scalars,
     uniform_densities,
 )
 from utils.offline import DatasetError, dataset_env_id, read_dataset
 from utils.offline_replay import OfflineReplay
 from utils.plot import offline_curve
 from utils.replay import Batch
-from utils.runs import (
-    Run,
-    choose_device,
-    in_words,
-    load_checkpoint,
-    load_optimizer,
-    median_seconds,
-    parse_args,
-    read_episodes,
-    rng_state,
-    save_atomically,
-    set_rng_state,
-)
+from utils.runs import Run, choose_device, in_words, median_seconds, read_episodes
 
 SCRIPT = Path(__file__).stem
 
@@ -394,9 +384,6 @@ def env_id_of(args: Args) -> str:
 
 def check(args: Args) -> None:
     """Ends the program with one line if a flag has no meaning."""
-    problem = unknown_env(args.env_id)
-    if problem:
-        fail(f"--env-id: {problem}")
     require_ranges(args)
     require(args, "v_max", args.v_max > args.v_min, f"a number above v-min, here {args.v_min}")
     require(args, "prune_start", 0 <= args.prune_start < args.prune_end, f"a number in [0, {args.prune_end})")
@@ -410,20 +397,15 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    try:
-        envs = make_envs(args.env_id, 1, args.sticky_actions, args.noop_max)
-    except Exception as error:  # of whatever library the environment needs
-        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
+    protocol = {"sticky_actions": args.sticky_actions, "noop_max": args.noop_max}
+    envs = open_envs(args.env_id, 1, gym.spaces.Discrete, **protocol)
     space, actions = envs.single_observation_space, envs.single_action_space
     envs.close()
-    images = atari_game(args.env_id) is not None
-    if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
-        fail(f"--env-id: {args.env_id} has {actions} and {space}, takes discrete actions and observations in a Box")
+    images, n_actions = atari_game(args.env_id) is not None, int(actions.n)
     require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
     problem = cannot_render(args.env_id) if args.capture_video else None
     if problem:
         fail(f"--capture-video: {problem}")
-    n_actions = int(actions.n)
 
     # Networks
     q_network = make_network(args, space, n_actions).to(device)
@@ -464,24 +446,17 @@ def main(args: Args) -> np.ndarray:
     if int(replay.action.max()) >= n_actions:
         fail(f"--env-id: {args.env_id} has {n_actions} actions, the dataset has an action {int(replay.action.max())}")
 
+    state = {  # all that a checkpoint restores, beside the masks and the random numbers
+        "networks": {"q_network": q_network, "target_network": target_network},
+        "optimizer": optimizer,
+    }
     update, q_history = 0, []
     if args.resume:
         saved = load_checkpoint(args.resume, SCRIPT)
-        update = saved["update"]
+        update, q_history = saved["update"], saved["q_history"]
         require(args, "total_updates", args.total_updates >= update, f"{update} or more, --resume's")
-        try:
-            q_network.load_state_dict(saved["networks"]["q_network"])
-            target_network.load_state_dict(saved["networks"]["target_network"])
-            load_optimizer(optimizer, saved["optimizer"])
-        except (RuntimeError, ValueError):
-            fail(f"--resume: {args.resume} does not fit {changed_flags(saved['args'], args)}")
-        same_counts = args.method == "gmp" or saved["kept"] == kept
-        if saved["args"]["method"] != args.method or not same_counts:
-            fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")
-        for name in masks:
-            masks[name].copy_(saved["masks"][name])
-        kept, q_history = saved["kept"], saved["q_history"]
-        set_rng_state(saved["rng"], rng)
+        restore(saved, args, rng, state, masks, kept)
+        kept = saved["kept"]
         if args.method == "gmp" and update > prune_end and kept != final_kept:
             fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 
@@ -497,19 +472,9 @@ def main(args: Args) -> np.ndarray:
     run = Run(args, SCRIPT, update, args.total_updates, unit="update")
     run.text("sparsity", table)
 
-    def save_checkpoint() -> None:
-        content = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "networks": {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()},
-            "optimizer": optimizer.state_dict(),
-            "masks": {name: mask.bool() for name, mask in masks.items()},
-            "kept": kept,
-            "q_history": q_history,
-            "update": update,
-            "rng": rng_state(rng),
-        }
-        save_atomically(content, run.folder / "checkpoint.pt")
+    def checkpoint() -> None:
+        counters = {"kept": kept, "q_history": q_history, "update": update}
+        save_checkpoint(run.folder, SCRIPT, args, rng, state, masks, **counters)
 
     @torch.no_grad()
     def look() -> dict[str, float]:
@@ -537,7 +502,7 @@ def main(args: Args) -> np.ndarray:
             run.episode(episode_return, length, update)
         return returns
 
-    make_eval_envs = partial(make_envs, args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
+    make_eval_envs = partial(make_envs, args.env_id, min(args.eval_episodes, 8), **protocol)
 
     def learn(mask_due: bool = False) -> list:
         """One update, and a change of the mask if it is due; parts of the loss and means of Q."""
@@ -573,8 +538,7 @@ def main(args: Args) -> np.ndarray:
         if update % log_every == 0:
             td, regularizer, data_q, policy_q = torch.stack(terms).tolist()
             q_history.append([update, data_q, policy_q])
-            sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
-            sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
+            sparsity = sparsity_scalars(shapes, kept)
             losses = {"losses/td_loss": td, "losses/cql_regularizer": regularizer}
             losses |= {"losses/q_values": data_q, "losses/policy_q_values": policy_q}
             charts = {"charts/updates_per_second": run.steps_per_second(update)}
@@ -586,19 +550,17 @@ def main(args: Args) -> np.ndarray:
         if update % args.eval_every == 0 and update < args.total_updates:
             play(make_eval_envs())
         if args.checkpoint_every and update % args.checkpoint_every == 0:
-            save_checkpoint()
+            checkpoint()
 
     # The end
     if run.stopping:
-        save_checkpoint()
+        checkpoint()
         run.stop(update)
         return np.array([])
-    model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
-    model["masks"] = {"q_network": {name: mask.bool() for name, mask in masks.items()}}
-    save_atomically(model, run.folder / "model.pt")
+    save_model(run.folder, SCRIPT, args, {"q_network": q_network}, {"q_network": masks})
 
     if args.capture_video:
-        returns = play(make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max))
+        returns = play(make_video_env(args.env_id, str(run.folder / "videos"), **protocol))
     else:
         returns = play(make_eval_envs())
     zeros = "" if args.method == "dense" else f" {args.sparsity:g}"

@@ -18,7 +18,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.checkpoints import load_checkpoint, parse_args, restore, save_checkpoint, save_model
 from utils.dataset import DatasetWriter
 from utils.diagnostics import interference, report, target_variance
-from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, unknown_env
+from utils.envs import STACK, atari_game, cannot_render, make_envs, make_video_env, open_envs
 from utils.evaluate import evaluate
-from utils.flags import changed_flags, fail, first_line, require, require_ranges
+from utils.flags import fail, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -43,24 +44,13 @@ from utils.masks import (
     mask_table,
     prunable,
     random_mask,
+    sparsity_scalars,
     uniform_densities,
 )
 from utils.plot import learning_curve
 from utils.priorities import Priorities
 from utils.replay import Batch, Replay
-from utils.runs import (
-    Run,
-    choose_device,
-    in_words,
-    load_checkpoint,
-    load_optimizer,
-    median_seconds,
-    parse_args,
-    read_episodes,
-    rng_state,
-    save_atomically,
-    set_rng_state,
-)
+from utils.runs import Run, choose_device, in_words, median_seconds, read_episodes
 
 SCRIPT = Path(__file__).stem
 
@@ -410,9 +400,6 @@ def epsilon_greedy(greedy: Callable[[], torch.Tensor], epsilon: float, envs: int
 
 def check(args: Args) -> None:
     """Ends the program with one line if a flag has no meaning."""
-    problem = unknown_env(args.env_id)
-    if problem:
-        fail(f"--env-id: {problem}")
     require_ranges(args)
     least = args.n_step * args.num_envs
     require(args, "learning_starts", args.learning_starts >= least, f"at least n-step x num-envs, here {least}")
@@ -429,21 +416,14 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    try:
-        envs = make_envs(args.env_id, args.num_envs, args.sticky_actions, args.noop_max)
-    except Exception as error:  # of whatever library the environment needs
-        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
+    protocol = {"sticky_actions": args.sticky_actions, "noop_max": args.noop_max}
+    envs = open_envs(args.env_id, args.num_envs, gym.spaces.Discrete, **protocol)
     space, actions = envs.single_observation_space, envs.single_action_space
-    images = atari_game(args.env_id) is not None
-    if not isinstance(actions, gym.spaces.Discrete) or not isinstance(space, gym.spaces.Box):
-        fail(f"--env-id: {args.env_id} has {actions} and {space}, takes discrete actions and observations in a Box")
-    if not images and len(space.shape) != 1:
-        fail(f"--env-id: {args.env_id} has {space}, takes vectors, or an Atari game spelt ALE/Pong-v5")
+    images, n_actions = atari_game(args.env_id) is not None, int(actions.n)
     require(args, "network", images != (args.network == "mlp"), "impala or nature for Atari, mlp for vectors")
     problem = cannot_render(args.env_id) if args.capture_video else None
     if problem:
         fail(f"--capture-video: {problem}")
-    n_actions = int(actions.n)
 
     # Networks
     q_network = make_network(args, space, n_actions).to(device)
@@ -481,27 +461,20 @@ def main(args: Args) -> np.ndarray:
     priorities = Priorities(replay.length * args.num_envs, replay.device)
     max_priority = torch.ones((), dtype=torch.float64, device=replay.device)
 
+    state = {  # all that a checkpoint restores, beside the masks and the random numbers
+        "networks": {"q_network": q_network, "target_network": target_network},
+        "optimizer": optimizer,
+        "replay": replay,
+        "priorities": priorities,
+        "max_priority": max_priority,
+    }
     global_step, update = 0, 0
     if args.resume:
         saved = load_checkpoint(args.resume, SCRIPT)
-        global_step = saved["global_step"]
+        global_step, update = saved["global_step"], saved["update"]
         require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
-        try:
-            q_network.load_state_dict(saved["networks"]["q_network"])
-            target_network.load_state_dict(saved["networks"]["target_network"])
-            load_optimizer(optimizer, saved["optimizer"])
-            replay.load_state_dict(saved["replay"])
-            priorities.load_state_dict(saved["priorities"])
-        except (RuntimeError, ValueError):
-            fail(f"--resume: {args.resume} does not fit {changed_flags(saved['args'], args)}")
-        same_counts = args.method == "gmp" or saved["kept"] == kept
-        if saved["args"]["method"] != args.method or not same_counts:
-            fail(f"--resume: {args.resume} has other masks than --method {args.method} --sparsity {args.sparsity}")
-        for name in masks:
-            masks[name].copy_(saved["masks"][name])
-        max_priority.copy_(saved["max_priority"])
-        kept, update = saved["kept"], saved["update"]
-        set_rng_state(saved["rng"], rng)
+        restore(saved, args, rng, state, masks, kept)
+        kept = saved["kept"]
         if args.method == "gmp" and update > prune_end and kept != final_kept:
             fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 
@@ -529,22 +502,9 @@ def main(args: Args) -> np.ndarray:
     run = Run(args, SCRIPT, global_step)
     run.text("sparsity", table)
 
-    def save_checkpoint() -> None:
-        content = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "networks": {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()},
-            "optimizer": optimizer.state_dict(),
-            "masks": {name: mask.bool() for name, mask in masks.items()},
-            "kept": kept,
-            "replay": replay.state_dict(),
-            "priorities": priorities.state_dict(),
-            "max_priority": max_priority,
-            "global_step": global_step,
-            "update": update,
-            "rng": rng_state(rng),
-        }
-        save_atomically(content, run.folder / "checkpoint.pt")
+    def checkpoint() -> None:
+        counters = {"kept": kept, "global_step": global_step, "update": update}
+        save_checkpoint(run.folder, SCRIPT, args, rng, state, masks, **counters)
 
     @torch.no_grad()
     def look() -> dict[str, float]:
@@ -643,8 +603,7 @@ def main(args: Args) -> np.ndarray:
         run.progress(global_step)
         if losses is not None and due(log_every):
             td, q = torch.stack(losses).tolist()
-            sparsity = {f"sparsity/{name}": 1 - kept[name] / weight.numel() for name, weight in weights.items()}
-            sparsity["sparsity/global"] = 1 - sum(kept.values()) / sum(weight.numel() for weight in weights.values())
+            sparsity = sparsity_scalars(shapes, kept)
             charts = {"charts/SPS": run.steps_per_second(global_step), "charts/epsilon": epsilon}
             run.scalars({"losses/td_loss": td, "losses/q_values": q} | charts | sparsity, global_step)
             run.progress(global_step, loss=td, sparsity=sparsity["sparsity/global"])
@@ -652,19 +611,17 @@ def main(args: Args) -> np.ndarray:
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(look(), global_step)
         if due(args.checkpoint_every):
-            save_checkpoint()
+            checkpoint()
 
     # The end
     envs.close()
     if dataset:
         dataset.close()
     if run.stopping:
-        save_checkpoint()
+        checkpoint()
         run.stop(global_step)
         return np.array([])
-    model = {"script": SCRIPT, "args": asdict(args), "networks": {"q_network": q_network.state_dict()}}
-    model["masks"] = {"q_network": {name: mask.bool() for name, mask in masks.items()}}
-    save_atomically(model, run.folder / "model.pt")
+    save_model(run.folder, SCRIPT, args, {"q_network": q_network}, {"q_network": masks})
     zeros = "" if args.method == "dense" else f" {args.sparsity:g}"
     title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
     learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")
@@ -676,9 +633,9 @@ def main(args: Args) -> np.ndarray:
         return epsilon_greedy(greedy, args.eval_epsilon, len(observation), n_actions, rng)
 
     if args.capture_video:
-        envs = make_video_env(args.env_id, str(run.folder / "videos"), args.sticky_actions, args.noop_max)
+        envs = make_video_env(args.env_id, str(run.folder / "videos"), **protocol)
     else:
-        envs = make_envs(args.env_id, min(args.eval_episodes, 8), args.sticky_actions, args.noop_max)
+        envs = make_envs(args.env_id, min(args.eval_episodes, 8), **protocol)
     run.bar.close()
     print(f"playing {args.eval_episodes} episodes with the final network")
     returns, _ = evaluate(envs, policy, args.eval_episodes, args.seed + 1_000_000)

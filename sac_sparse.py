@@ -17,7 +17,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.checkpoints import load_checkpoint, parse_args, restore, save_checkpoint, save_model
 from utils.diagnostics import ever_active, interference, report
-from utils.envs import cannot_render, make_envs, make_video_env, unknown_env
+from utils.envs import cannot_render, make_envs, make_video_env, open_envs
 from utils.evaluate import evaluate
-from utils.flags import changed_flags, fail, first_line, require, require_ranges
+from utils.flags import fail, require, require_ranges
 from utils.graphs import cuda_graph
 from utils.masks import (
     apply_masks,
@@ -40,23 +41,12 @@ from utils.masks import (
     mask_table,
     prunable,
     random_mask,
+    sparsity_scalars,
     uniform_densities,
 )
 from utils.plot import learning_curve
 from utils.replay import Batch, Replay
-from utils.runs import (
-    Run,
-    choose_device,
-    in_words,
-    load_checkpoint,
-    load_optimizer,
-    median_seconds,
-    parse_args,
-    read_episodes,
-    rng_state,
-    save_atomically,
-    set_rng_state,
-)
+from utils.runs import Run, choose_device, in_words, median_seconds, read_episodes
 
 SCRIPT = Path(__file__).stem
 
@@ -434,9 +424,6 @@ def discount_for(episode_steps: float | None) -> float:
 
 def check(args: Args) -> None:
     """Ends the program with one line if a flag has no meaning."""
-    problem = unknown_env(args.env_id)
-    if problem:
-        fail(f"--env-id: {problem}")
     require_ranges(args)
     require(args, "learning_starts", args.learning_starts >= args.num_envs, f"at least num-envs, here {args.num_envs}")
     least = math.ceil(args.learning_starts + 10 / args.utd)
@@ -454,19 +441,13 @@ def main(args: Args) -> np.ndarray:
     # What follows from the environment, unless a flag says it
     dm_control = args.env_id.startswith("dm_control/")
     repeat = args.action_repeat or (2 if dm_control else 1)
+    envs = open_envs(args.env_id, args.num_envs, gym.spaces.Box, action_repeat=repeat)
+    space, actions = envs.single_observation_space, envs.single_action_space
     episode_steps = DM_CONTROL_STEPS if dm_control else gym.spec(args.env_id).max_episode_steps
     gamma = discount_for(episode_steps and episode_steps / repeat) if args.gamma is None else args.gamma
     num_critics = args.num_critics or (1 if args.env_id.startswith(NEVER_TERMINATES) else 2)
     args = replace(args, action_repeat=repeat, gamma=gamma, num_critics=num_critics)
 
-    try:
-        envs = make_envs(args.env_id, args.num_envs, action_repeat=repeat)
-    except Exception as error:  # of whatever library the environment needs
-        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
-    space, actions = envs.single_observation_space, envs.single_action_space
-    bounded = isinstance(actions, gym.spaces.Box) and actions.is_bounded()
-    if not bounded or not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        fail(f"--env-id: {args.env_id} has {actions} and {space}, takes bounded actions and observations in vectors")
     problem = cannot_render(args.env_id) if args.capture_video else None
     if problem:
         fail(f"--capture-video: {problem}")
@@ -528,30 +509,20 @@ def main(args: Args) -> np.ndarray:
     except MemoryError as error:
         fail(f"--buffer-size: got {args.buffer_size}, takes what fits into memory; this {error}")
 
+    state = {  # all that a checkpoint restores, beside the masks and the random numbers
+        "networks": networks,
+        "log_alpha": log_alpha,
+        "optimizers": optimizers,
+        "replay": replay,
+        "ever": ever,
+    }
     global_step, update = 0, 0
     if args.resume:
         saved = load_checkpoint(args.resume, SCRIPT)
-        global_step = saved["global_step"]
+        global_step, update = saved["global_step"], saved["update"]
         require(args, "total_timesteps", args.total_timesteps >= global_step, f"{global_step} or more, --resume's")
-        try:
-            for name, network in networks.items():
-                network.load_state_dict(saved["networks"][name])
-            for name, optimizer in optimizers.items():
-                load_optimizer(optimizer, saved["optimizers"][name])
-            replay.load_state_dict(saved["replay"])
-        except (RuntimeError, ValueError):
-            fail(f"--resume: {args.resume} does not fit {changed_flags(saved['args'], args)}")
-        same_names = all(saved["masks"][net].keys() == masks[net].keys() for net in masks)
-        same_counts = same_names and (args.method == "gmp" or saved["kept"] == kept)
-        if saved["args"]["method"] != args.method or not same_counts:
-            fail(f"--resume: {args.resume} has other masks than --method {args.method} with the sparsities {goal}")
-        for net in masks:
-            for name in masks[net]:
-                masks[net][name].copy_(saved["masks"][net][name])
-                ever[net][name].copy_(saved["ever"][net][name])
-        log_alpha.data.copy_(saved["log_alpha"])
-        kept, update = saved["kept"], saved["update"]
-        set_rng_state(saved["rng"], rng)
+        restore(saved, args, rng, state, masks, kept)
+        kept = saved["kept"]
         if args.method == "gmp" and update > prune_end and kept != final_kept:
             fail(f"--resume: {args.resume} is at update {update}, after the end of the pruning with these flags")
 
@@ -568,34 +539,20 @@ def main(args: Args) -> np.ndarray:
         print(f"no GPU here: this will take about {in_words(seconds)}, at {per_update:.2f} s an update")
         print("a small task that ends within minutes: python sac_sparse.py --env-id Pendulum-v1")
 
-    layers = {(net, name): weight for net in weights for name, weight in weights[net].items()}
-    table = mask_table(
-        {".".join(key): tuple(weight.shape) for key, weight in layers.items()},
-        {".".join((net, name)): len(weight) * final_kept[net][name] for (net, name), weight in layers.items()},
-    )
+    # Of all critics together
+    layers = {f"{net}.{name}": tuple(weight.shape) for net in weights for name, weight in weights[net].items()}
+
+    def counts(kept: dict) -> dict[str, int]:
+        return {f"{net}.{name}": len(w) * kept[net][name] for net in weights for name, w in weights[net].items()}
+
+    table = mask_table(layers, counts(final_kept))
     print(table)
     run = Run(args, SCRIPT, global_step)
     run.text("sparsity", table)
 
-    def bool_masks() -> dict:
-        return {net: {name: mask.bool() for name, mask in masks[net].items()} for net in masks}
-
-    def save_checkpoint() -> None:
-        content = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "networks": {name: network.state_dict() for name, network in networks.items()},
-            "log_alpha": log_alpha.detach(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            "masks": bool_masks(),
-            "ever": ever,
-            "kept": kept,
-            "replay": replay.state_dict(),
-            "global_step": global_step,
-            "update": update,
-            "rng": rng_state(rng),
-        }
-        save_atomically(content, run.folder / "checkpoint.pt")
+    def checkpoint() -> None:
+        counters = {"kept": kept, "global_step": global_step, "update": update}
+        save_checkpoint(run.folder, SCRIPT, args, rng, state, masks, **counters)
 
     @torch.no_grad()
     def look() -> dict[str, float]:
@@ -699,7 +656,7 @@ def main(args: Args) -> np.ndarray:
         next_raw, reward, terminated, truncated, infos = envs.step(action)
         if not (np.isfinite(next_raw).all() and np.isfinite(reward).all()):
             global_step = last_step
-            save_checkpoint()
+            checkpoint()
             run.close()
             where = f"at step {global_step + 1}; {run.folder}/checkpoint.pt holds the step before"
             fail(f"--env-id: {args.env_id} gave an observation or a reward that is not finite {where}")
@@ -718,10 +675,7 @@ def main(args: Args) -> np.ndarray:
             scalars |= {f"losses/qf{i + 1}_values": value for i, value in enumerate(q_values)}
             if args.algorithm == "sac":
                 scalars |= {"losses/alpha": log_alpha.exp().item(), "losses/alpha_loss": alpha_loss}
-            counts = {".".join((net, name)): (kept[net][name], weight) for (net, name), weight in layers.items()}
-            scalars |= {f"sparsity/{name}": 1 - count / weight[0].numel() for name, (count, weight) in counts.items()}
-            total_kept = sum(count * len(weight) for count, weight in counts.values())
-            scalars["sparsity/global"] = 1 - total_kept / sum(weight.numel() for weight in layers.values())
+            scalars |= sparsity_scalars(layers, counts(kept))
             if args.method in ("rigl", "set"):
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(update, rewire_end, args.drop_fraction)
             scalars["charts/SPS"] = run.steps_per_second(global_step)
@@ -731,17 +685,16 @@ def main(args: Args) -> np.ndarray:
             with torch.random.fork_rng():  # the run goes on with the random numbers that it would have had
                 run.scalars(look(), global_step)
         if due(args.checkpoint_every):
-            save_checkpoint()
+            checkpoint()
 
     # The end
     envs.close()
     if run.stopping:
-        save_checkpoint()
+        checkpoint()
         run.stop(global_step)
         return np.array([])
-    del networks["target_critic"]
-    model = {"networks": {name: network.state_dict() for name, network in networks.items()}, "masks": bool_masks()}
-    save_atomically({"script": SCRIPT, "args": asdict(args)} | model, run.folder / "model.pt")
+    trained = {name: networks[name] for name in ("actor", "critic", "rsnorm")}
+    save_model(run.folder, SCRIPT, args, trained, masks)
     zeros = "" if args.method == "dense" else f" {goal['actor']:g} and {goal['critic']:g}"
     title = f"{args.env_id}: {args.method}{zeros}, width {args.width}, seed {args.seed}"
     learning_curve(read_episodes(run.folder / "episodes.csv"), title, run.folder / "curve.png")

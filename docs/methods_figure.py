@@ -18,6 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 import dqn_sparse
+from utils import checkpoints
 
 METHODS = {
     "random": "Random mask\ndrawn once, never changes",
@@ -38,7 +39,7 @@ def masks_over_time(method: str) -> tuple[np.ndarray, list[np.ndarray]]:
             masks.append(torch.cat([content["masks"][name].flatten() for name in layers]).numpy())
             steps.append(content["global_step"])
 
-    dqn_sparse.save_atomically = keep  # in place of writing each checkpoint over the one before it
+    checkpoints.save_atomically = keep  # in place of writing each checkpoint over the one before it
     flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "total_timesteps": STEPS}
     flags |= {"method": method, "sparsity": 0.8, "checkpoint_every": EVERY, "cuda": False}
     with tempfile.TemporaryDirectory() as folder:

@@ -18,9 +18,11 @@ from conftest import CARTPOLE, ROOT, as_flags, run_script
 
 import dqn_sparse
 from dqn_sparse import CLASSIC_CONTROL, Args, preset
+from utils import checkpoints
+from utils.checkpoints import load_checkpoint, parse_args, save_atomically
 from utils.masks import kept_count
 from utils.replay import Replay
-from utils.runs import Run, load_checkpoint, parse_args, read_episodes, save_atomically
+from utils.runs import Run, read_episodes
 
 TINY = as_flags({name: value for name, value in CARTPOLE.items() if name != "network"})
 
@@ -420,7 +422,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one(tmp_path, 
     path = tmp_path / "checkpoint.pt"
     code = f"""
 import io, os, signal, sys, torch
-from utils.runs import save_atomically
+from utils.checkpoints import save_atomically
 from pathlib import Path
 path = Path(sys.argv[1])
 save_atomically({{"script": "dqn_sparse", "number": 1, "rng": {{}}, "weights": torch.ones(1000)}}, path)
@@ -445,13 +447,13 @@ save_atomically({{"script": "dqn_sparse", "number": 2, "weights": torch.zeros(10
 
 def test_checkpoints_on_the_way(train, monkeypatch):
     steps = []
-    save = dqn_sparse.save_atomically
+    save = checkpoints.save_atomically
 
     def watching(content, path):
         steps.append(content.get("global_step", path.name))
         save(content, path)
 
-    monkeypatch.setattr(dqn_sparse, "save_atomically", watching)
+    monkeypatch.setattr(checkpoints, "save_atomically", watching)
     train(checkpoint_every=120)
     assert steps == [120, 240, 360, 480, "model.pt"]
 

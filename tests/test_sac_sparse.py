@@ -19,6 +19,7 @@ from torch import nn
 import dqn_sparse
 import sac_sparse
 from sac_sparse import CLEANRL, PENDULUM, Args, RSNorm, make_networks
+from utils import checkpoints
 from utils.envs import INSTALL_DM_CONTROL, make_envs, unknown_env
 from utils.masks import erk_densities, prunable, random_mask
 from utils.replay import Batch
@@ -516,7 +517,7 @@ def test_resume_goes_on_exactly_where_the_checkpoint_was(tmp_path, monkeypatch, 
     assert saved["global_step"] == 50 and saved["update"] == 30
 
     seen = {}
-    actor_loss, save = sac_sparse.actor_loss, sac_sparse.save_atomically
+    actor_loss, save = sac_sparse.actor_loss, checkpoints.save_atomically
 
     def on_first_update(actor, critic, observation, alpha):
         if not seen:
@@ -526,7 +527,7 @@ def test_resume_goes_on_exactly_where_the_checkpoint_was(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(sac_sparse, "actor_loss", on_first_update)
     monkeypatch.setattr(
-        sac_sparse, "save_atomically", lambda content, p: seen.setdefault(p.name, content) or save(content, p)
+        checkpoints, "save_atomically", lambda content, p: seen.setdefault(p.name, content) or save(content, p)
     )
     sac_sparse.main(replace(Args(**saved["args"]), resume=str(path), total_timesteps=60, checkpoint_every=60))
 
@@ -651,7 +652,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_a_checkpoint(tmp_path, capsy
 
 @pytest.mark.parametrize("package", ["shimmy", "dm_control"])
 def test_an_absent_package_is_named_with_the_line_that_installs_it(tmp_path, capsys, monkeypatch, package):
-    find_spec = sac_sparse.unknown_env.__globals__["importlib"].util.find_spec
+    find_spec = unknown_env.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == package else find_spec(name, *a))
     args = small(tmp_path, env_id="dm_control/cheetah-run-v0")
     ends_with_one_line(capsys, args, f"needs DeepMind Control; {INSTALL_DM_CONTROL}")

@@ -24,7 +24,7 @@ from gymnasium.wrappers import (
 )
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.flags import first_line
+from utils.flags import fail, first_line
 
 gym.register_envs(ale_py)
 
@@ -130,6 +130,26 @@ def make_envs(
             reward_clipping=False,
         )
     return RecordEpisodeStatistics(envs)
+
+
+def open_envs(env_id: str, num_envs: int, action_space: type[gym.Space], **protocol: float) -> VectorEnv:
+    """`make_envs` with a check of the flag: an id that is unknown, cannot be made on this machine, or has other spaces
+    than vectors (or Atari's frames) and `action_space` (`Discrete`, or `Box` with bounds) ends the program.
+    """
+    problem = unknown_env(env_id)
+    if problem:
+        fail(f"--env-id: {problem}")
+    try:
+        envs = make_envs(env_id, num_envs, **protocol)
+    except Exception as error:  # of whatever library the environment needs
+        fail(f"--env-id: cannot make {env_id}: {first_line(error)}")
+    space, actions = envs.single_observation_space, envs.single_action_space
+    discrete = action_space is gym.spaces.Discrete
+    fits = isinstance(actions, action_space) and (discrete or actions.is_bounded())
+    if not fits or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not atari_game(env_id)):
+        takes = "discrete actions; vectors, or an Atari game (ALE/Pong-v5)" if discrete else "bounded actions; vectors"
+        fail(f"--env-id: {env_id} has {actions} and {space}, takes {takes}")
+    return envs
 
 
 def make_video_env(

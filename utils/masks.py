@@ -92,6 +92,12 @@ def apply_masks(weights: Tensors, masks: Tensors) -> None:
         torch._foreach_mul_([weights[name] for name in masks], list(masks.values()))
 
 
+def sparsity_scalars(shapes: Shapes, kept: dict[str, int]) -> dict[str, float]:
+    """The share of zeros in each layer and in all of them, by the names under which they are logged."""
+    share = {f"sparsity/{name}": 1 - kept[name] / math.prod(shape) for name, shape in shapes.items()}
+    return share | {"sparsity/global": 1 - sum(kept.values()) / sum(math.prod(shape) for shape in shapes.values())}
+
+
 def mask_table(shapes: Shapes, kept: dict[str, int]) -> str:
     """A markdown table of the layers: shape, weights kept, density; and the totals.
 

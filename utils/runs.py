@@ -1,44 +1,24 @@
-"""A run's bookkeeping: command line, folder, progress line, TensorBoard, episode log, signals and checkpoints."""
+"""A run's bookkeeping: device, folder, progress line, TensorBoard, episode log and signals."""
 
 import csv
 import json
 import os
-import pickle
 import signal
 import statistics
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
 
 import numpy as np
 import torch
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.flags import fail, first_line
-
-ArgsT = TypeVar("ArgsT")
-
-
-def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict[str, object]]) -> ArgsT:
-    """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
-    `--resume` names; the value in `preset(args)`, what the other flags ask for; the default in the class.
-    """
-    args, applied = tyro.cli(args_class), {}
-    if args.resume:
-        saved = load_checkpoint(args.resume, Path(sys.argv[0]).stem)["args"]
-        known = {field.name for field in fields(args_class)}
-        return tyro.cli(args_class, default=args_class(**{k: v for k, v in saved.items() if k in known}))
-    while (values := preset(args)) != applied:  # a preset may set a flag that asks for another preset
-        args, applied = tyro.cli(args_class, default=replace(args_class(), **values)), values
-    return args
+from utils.flags import fail
 
 
 def choose_device(cuda: bool, tf32: bool = True) -> torch.device:
@@ -236,58 +216,3 @@ def read_episodes(path: Path) -> list[tuple[int, float, int]]:
             except ValueError:
                 continue
     return rows
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save` beside `path`, then a rename: whatever kills the process, `path` is the old file or the new one.
-
-    A full disk is reported on stderr and ends nothing.
-    """
-    beside = path.with_name(path.name + ".part")
-    try:
-        with beside.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch has its own for a write that fails
-        beside.unlink(missing_ok=True)
-        print(f"\nnot saved: {path}: {first_line(error)}", file=sys.stderr)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The moments in a checkpoint; the learning rate and the like stay as the flags have set them."""
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, own):
-        group.update(settings)
-
-
-def load_checkpoint(path: str, script: str) -> dict:
-    """What `save_atomically` wrote, on the CPU, read lazily; a file that `script` cannot resume ends the program."""
-    if not Path(path).is_file():
-        fail(f"--resume: got {path}, takes a checkpoint.pt; there is no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
-        fail(f"--resume: got {path}, takes a checkpoint.pt; this file is torn or no checkpoint")
-    if not isinstance(content, dict) or content.get("script") != script:
-        found = content.get("script") if isinstance(content, dict) else None
-        fail(f"--resume: got {path}, takes a checkpoint of {script}.py; this one is of {found or 'something else'}")
-    if "rng" not in content:
-        fail(f"--resume: got {path}, takes a checkpoint.pt; this one is a finished run's model.pt")
-    return content
-
-
-def rng_state(generator: np.random.Generator) -> dict:
-    """The state of every random number generator that training uses: torch's (CPU and GPU) and `generator`."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": generator.bit_generator.state}
-
-
-def set_rng_state(state: dict, generator: np.random.Generator) -> None:
-    """Restores `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    generator.bit_generator.state = state["numpy"]
