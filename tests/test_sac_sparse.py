@@ -554,12 +554,20 @@ def test_networks_that_have_diverged_leave_the_last_checkpoint_alone(tmp_path, c
     assert all(weight.isfinite().all() for weight in saved["networks"]["actor"].values())
 
 
-def test_resume_with_other_masks(tmp_path, capsys):
-    sac_sparse.main(small(tmp_path, method="set", sparsity=0.5, checkpoint_every=60))
+@pytest.mark.parametrize(
+    "method, other, said",
+    [
+        ("set", {"method": "random"}, "--method random (it has set)"),
+        ("set", {"critic_sparsity": 0.6}, "--critic-sparsity 0.6 (it has None)"),
+        ("set", {"width": 2}, "--width 2 (it has 1)"),
+        ("gmp", {"actor_sparsity": 0.0}, "--actor-sparsity 0.0 (it has None)"),  # its zeros would come alive
+    ],
+)
+def test_resume_with_other_masks(tmp_path, capsys, method, other, said):
+    sac_sparse.main(small(tmp_path, method=method, sparsity=0.5, checkpoint_every=60))
     saved = Args(**load(run_folder(tmp_path) / "checkpoint.pt")["args"])
-    saved.resume, saved.total_timesteps = str(run_folder(tmp_path) / "checkpoint.pt"), 100
-    for other in ({"method": "random"}, {"critic_sparsity": 0.6}, {"width": 2}):
-        ends_with_one_line(capsys, replace(saved, **other), "--resume")
+    saved.resume = str(run_folder(tmp_path) / "checkpoint.pt")
+    ends_with_one_line(capsys, replace(saved, **other), f"--resume: {saved.resume} does not fit {said}")
 
 
 def test_evaluation_is_without_noise_and_uses_the_normaliser(tmp_path, monkeypatch, small_simba):

@@ -147,8 +147,8 @@ def open_envs(env_id: str, num_envs: int, action_space: type[gym.Space], **proto
     discrete = action_space is gym.spaces.Discrete
     fits = isinstance(actions, action_space) and (discrete or actions.is_bounded())
     if not fits or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not atari_game(env_id)):
-        takes = "discrete actions; vectors, or an Atari game (ALE/Pong-v5)" if discrete else "bounded actions; vectors"
-        fail(f"--env-id: {env_id} has {actions} and {space}, takes {takes}")
+        kind, other = ("discrete", ", or an Atari game (ALE/Pong-v5)") if discrete else ("bounded", "")
+        fail(f"--env-id: {env_id} has {actions} and {space}, takes {kind} actions and observations in vectors{other}")
     return envs
 
 
