@@ -243,7 +243,7 @@ def main() -> None:
             flops, nbytes = update_cost(task, width, method != "dense", device)
             row["limit_ms"] = 1e3 * (flops / flops_rate + nbytes / bandwidth)
             row["mask_share"] = mask_share(task, width, device) if method != "dense" else None
-        memory = "peak_gpu_memory_gb" if device.type == "cuda" else "peak_memory_gb"
+        memory = "peak_gpu_memory_gb" if device.type == "cuda" else "memory_gb"
         row["memory_gb"] = max(result[memory] for result in results)
         row["startup_s"] = statistics.median(result["startup_s"] for result in results)
         dense = found.get((task, width or args.widths[0], "dense"), [])
