@@ -488,7 +488,7 @@ def test_order_of_an_update_and_polyak(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sac_sparse, "actor_loss", on_actor)
     monkeypatch.setattr(sac_sparse, "critic_loss", on_critic)
-    sac_sparse.main(small(tmp_path, tau=0.3, policy_lr=1e-3, q_lr=2e-3, weight_decay=0.5))
+    sac_sparse.main(small(tmp_path, tau=0.3, policy_lr=1e-3, q_lr=2e-3, weight_decay=0.5, init_alpha=0.1))
     assert [kind for kind, *_ in seen] == ["actor", "critic"] * 40
     first, second = (math.log(alpha) for *_, alpha in seen[:2])
     assert abs(second - first) == pytest.approx(2e-3, rel=1e-3)  # Adam's first step is its rate, and nothing decays

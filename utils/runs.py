@@ -30,7 +30,10 @@ def choose_device(cuda: bool, tf32: bool = True) -> torch.device:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads (for several runs at once, OMP_NUM_THREADS=1 is fastest)"
     print(f"device: {name}")
     return device
 
