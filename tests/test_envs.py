@@ -6,7 +6,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.envs import atari_game, cannot_render, make_envs, make_video_env, unknown_env
+from utils.envs import atari_game, cannot_render, make_envs, make_video_env, open_envs, unknown_env
 from utils.evaluate import evaluate
 
 
@@ -203,3 +203,27 @@ def test_evaluation_hands_observations_to_the_policy():
 @pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "CartPole-v1"])
 def test_what_can_be_drawn(env_id):
     assert cannot_render(env_id) is None
+
+
+class Pictures(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Discrete(2)
+
+
+@pytest.mark.parametrize(
+    "env_id, action_space, said",
+    [
+        ("Pictures-v0", gym.spaces.Discrete, "takes discrete actions and observations in vectors, or an Atari game"),
+        ("Pendulum-v1", gym.spaces.Discrete, "takes discrete actions"),
+        ("CartPole-v1", gym.spaces.Box, "takes bounded actions and observations in vectors"),
+        ("ALE/Pong-v5", gym.spaces.Box, "takes bounded actions and observations in vectors"),
+        ("Blackjack-v1", gym.spaces.Discrete, "Tuple"),
+        ("CartPool-v1", gym.spaces.Discrete, "did you mean CartPole-v1"),
+    ],
+)
+def test_an_environment_that_does_not_suit_ends_the_program_with_one_line(env_id, action_space, said, capsys):
+    if env_id == "Pictures-v0":
+        gym.register(env_id, Pictures)
+    with pytest.raises(SystemExit):
+        open_envs(env_id, 1, action_space)
+    error = capsys.readouterr().err
+    assert error.startswith("error: --env-id: ") and said in error and error.count("\n") == 1

@@ -17,6 +17,7 @@ from utils.masks import (
     mask_table,
     prunable,
     random_mask,
+    sparsity_scalars,
     uniform_densities,
 )
 
@@ -263,3 +264,8 @@ def test_mask_table_adds_up():
         ["head", "6x512", "3,072", "1.0000"],
         ["total", "11,264", "4,290", "0.3809"],
     ]
+
+
+def test_logged_sparsity_is_the_share_of_zeros():
+    scalars = sparsity_scalars({"a": (2, 3, 4), "b": (8, 2)}, {"a": 6, "b": 16})
+    assert scalars == {"sparsity/a": 0.75, "sparsity/b": 0.0, "sparsity/global": pytest.approx(18 / 40)}

@@ -136,6 +136,15 @@ def test_holds_exactly_the_transitions_of_a_naive_buffer(case, steps, n_step, st
     assert_same_transitions(replay, naive.transitions(rows))
 
 
+def test_many_environments_and_long_windows():
+    """A next observation may lie further ahead than a byte can count."""
+    num_envs, n_step, rows = 100, 4, 12
+    replay = Replay(rows * num_envs, num_envs, space(1, 1), Discrete(3), 1, n_step, GAMMA, CPU)
+    naive = NaiveReplay(num_envs, 1, n_step)
+    fill(replay, play(num_envs, [[7]] * num_envs, [["terminated"]] * num_envs, 20), 1, naive)
+    assert_same_transitions(replay, naive.transitions(rows))
+
+
 def assert_same_transitions(replay, expected):
     """The replay's queue holds exactly these transitions of a naive buffer, each once, so that drawing is uniform."""
     starts = drawable(replay)
