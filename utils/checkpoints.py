@@ -94,6 +94,7 @@ def restore(saved: dict, args: object, rng: np.random.Generator, parts: dict, ma
 
 
 def state_of(part: object) -> object:
+    """The state of a network, optimiser, replay or tensor, or of each in a dictionary of them."""
     if isinstance(part, dict):
         return {name: state_of(each) for name, each in part.items()}
     return part.detach() if isinstance(part, torch.Tensor) else part.state_dict()
@@ -103,7 +104,7 @@ def state_of(part: object) -> object:
 def load_state(part: object, state: object) -> None:
     """The reverse of `state_of`, in place."""
     if isinstance(part, dict):
-        if part.keys() != state.keys():
+        if part.keys() != state.keys():  # a mask too many would be lost, and its zeros come alive
             raise KeyError("other names")
         for name, each in part.items():
             load_state(each, state[name])

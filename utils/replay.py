@@ -125,7 +125,9 @@ class Replay:
         return self._advance(reward, terminal, end)
 
     def _advance(self, reward: np.ndarray, terminal: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ends a row: lets in the one whose n-step window is now complete, and drops the one that is now too old."""
+        """Ends a row: the one whose n-step window is now complete gets its return and enters the queue, and the one
+        that is now too old leaves it.
+        """
         self.added += 1
         self.window = np.concatenate((self.window[:, 1:], np.float32([[reward], [terminal], [end]])), axis=1)
         reward, terminal, end = self.window  # (n, num_envs) each
@@ -207,7 +209,7 @@ class Replay:
         queue = leading_rows(self.starts, min(self.queue_first + self.queue_count, len(self.starts)))
         host = {name: torch.from_numpy(getattr(self, name)) for name in HOST}
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return rings | host | counters | {"starts": queue}
+        return rings | host | counters | {"starts": queue, "discounts": torch.from_numpy(self.discounts)}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave. A ring that had not wrapped around yet fits into a longer one.
@@ -234,7 +236,7 @@ class Replay:
 
 ROW_BYTES = 8 + 4 + 4 + 4 + 1 + 8 + 1  # action, reward, discount, ahead, age, place in the queue, host's is_start
 RINGS = ("frames", "action", "reward", "discount", "ahead", "age")
-HOST = ("is_start", "just_ended", "now_age", "window", "discounts")
+HOST = ("is_start", "just_ended", "now_age", "window")
 COUNTERS = ("added", "queue_first", "queue_count")
 
 
