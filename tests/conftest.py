@@ -17,21 +17,20 @@ import dqn_sparse
 ROOT = Path(__file__).parent.parent
 CARTPOLE = {
     "env_id": "CartPole-v1",
-    "network": "mlp",
     "total_timesteps": 500,
     "learning_starts": 100,
     "buffer_size": 1_000,
     "target_network_frequency": 50,
     "exploration_steps": 200,
     "eval_episodes": 1,
-    "cuda": False,
+    "device": "cpu",
 }
 
 torch.set_num_threads(1)  # small tensors; and other processes want a core too
 
 
 def as_flags(values: dict) -> list[str]:
-    """{"n_step": 3, "cuda": False} -> ["--n-step", "3", "--no-cuda"]"""
+    """{"n_step": 3, "device": "cpu"} -> ["--n-step", "3", "--no-cuda"]"""
     flags = []
     for name, value in values.items():
         name = name.replace("_", "-")
@@ -48,7 +47,7 @@ def run_script(*command: str) -> subprocess.CompletedProcess:
 def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndarray]:
     """`script.main` in this process, on the CPU: the run's folder, and the returns of its last evaluation."""
     before = set(runs_dir.glob("*"))
-    returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "cuda": False, "eval_episodes": 1} | flags))
+    returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "device": "cpu", "eval_episodes": 1} | flags))
     (folder,) = [Path(flags["resume"]).parent] if "resume" in flags else set(runs_dir.glob("*")) - before
     return folder, returns
 

@@ -23,7 +23,6 @@ METHODS = ("dense", "random", "gmp", "rigl", "set")
 # Random actions, so that rounding errors cannot change what is learned from; 100 updates of small networks.
 ONLINE = {
     "env_id": "CartPole-v1",
-    "network": "mlp",
     "total_timesteps": 600,
     "learning_starts": 200,
     "buffer_size": 400,

@@ -11,6 +11,9 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 
+from utils.checkpoints import load_state
+from utils.replay import Batch
+
 TAUS = (0.0, 0.025, 0.1)  # the thresholds of Sokar et al. (2023)
 
 
@@ -187,16 +190,26 @@ def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tenso
     return ((cosines.sum() - cosines.trace()) / (cosines.numel() - len(cosines))).item()
 
 
-def ever_active(ever: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> float:
-    """Adds the masks to `ever` and returns the share of weights that any of them has let live.
-
-    `ever` begins as {}, or with what the first masks keep, as bool tensors. This is the exploration rate of Liu et al.
-    (2021), Do we actually need dense over-parameterization? ("ITOP").
+class EverActive:
+    """Which weights any of the masks has let live: the exploration rate of Liu et al. (2021), Do we actually need dense
+    over-parameterization? ("ITOP").
     """
-    for name, mask in masks.items():
-        ever[name] = ever[name] | (mask > 0) if name in ever else mask > 0
-    total = sum(mask.numel() for mask in ever.values())
-    return sum(int(mask.sum()) for mask in ever.values()) / total if total else 1.0
+
+    def __init__(self, masks: dict[str, torch.Tensor]) -> None:
+        self.ever = {name: mask > 0 for name, mask in masks.items()}
+
+    def update(self, masks: dict[str, torch.Tensor]) -> float:
+        """Takes in the current masks; returns the fraction of weights that have ever been active, 1 without masks."""
+        for name, mask in masks.items():
+            self.ever[name] |= mask > 0
+        total = sum(mask.numel() for mask in self.ever.values())
+        return sum(int(mask.sum()) for mask in self.ever.values()) / total if total else 1.0
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.ever
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        load_state(self.ever, state)
 
 
 def target_variance(reward: torch.Tensor, discount: torch.Tensor, next_value: torch.Tensor) -> float:
@@ -230,3 +243,33 @@ def report(
     for name, function in (("srank", srank), ("stable_rank", stable_rank), ("feature_norm", feature_norm)):
         scalars[f"{prefix}/{name}"] = sum(map(function, features)) / len(features)
     return scalars | {f"{prefix}/weight_norm": weight_norm(network)}
+
+
+@torch.no_grad()
+def diagnose(
+    network: nn.Module,
+    sample: Callable[[int], Batch],
+    masks: dict[str, torch.Tensor],
+    ever: EverActive,
+    loss: Callable[[Callable, Batch], torch.Tensor],
+    next_value: Callable[[Batch], torch.Tensor] | None = None,
+    inputs: Sequence[str] = ("observation",),
+    prefix: str = "diagnostics",
+) -> dict[str, float]:
+    """All scalars of a network on 256 transitions of the replay; leaves torch's random numbers as they were.
+
+    Args:
+        sample: draws a batch of a given size.
+        loss: `loss(network, batch)` to a scalar.
+        next_value: the values (B,) from which the batch's targets bootstrap; logs the targets' variance.
+        inputs: fields of the batch that the network takes.
+    """
+    with torch.random.fork_rng():
+        batch = sample(256)
+        scalars = report(network, *(getattr(batch, name) for name in inputs), masks=masks, prefix=prefix)
+        scalars[f"{prefix}/ever_active"] = ever.update(masks)
+        if next_value is not None:
+            variance = target_variance(batch.reward, batch.discount, next_value(batch))
+            scalars[f"{prefix}/target_variance"] = variance
+        scalars[f"{prefix}/gradient_cosine"] = interference(network, lambda q, *one: loss(q, Batch(*one)), batch)
+    return scalars

@@ -9,11 +9,14 @@ import difflib
 import importlib.util
 import re
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import numpy as np
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import (
     AtariPreprocessing,
     FlattenObservation,
@@ -24,7 +27,7 @@ from gymnasium.wrappers import (
 )
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.flags import fail, first_line
+from utils.flags import Diverged, RunFlags, fail, first_line
 
 gym.register_envs(ale_py)
 
@@ -132,24 +135,128 @@ def make_envs(
     return RecordEpisodeStatistics(envs)
 
 
-def open_envs(env_id: str, num_envs: int, action_space: type[gym.Space], **protocol: float) -> VectorEnv:
-    """`make_envs` with a check of the flag: an id that is unknown, cannot be made on this machine, or has other spaces
-    than vectors (or Atari's frames) and `action_space` (`Discrete`, or `Box` with bounds) ends the program.
+class EnvironmentFailed(Exception):
+    """An environment raised an error, or gave or got numbers that are not finite."""
+
+
+class TrainingEnvs(VectorWrapper):
+    """Checks everything that passes, and adds `infos["life_lost"]` (num_envs,) bool, all False but in Atari games.
+
+    Raises:
+        EnvironmentFailed: from `step`, in one line.
     """
-    problem = unknown_env(env_id)
+
+    def __init__(self, envs: VectorEnv) -> None:
+        super().__init__(envs)
+        self.lives = np.zeros(envs.num_envs)
+
+    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
+        observation, infos = self.env.reset(**kwargs)
+        self.lives = infos.get("lives", self.lives)
+        return observation, infos
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        if not np.isfinite(actions).all():
+            raise Diverged("the policy gave an action that is not finite")
+        try:
+            observation, reward, terminated, truncated, infos = self.env.step(actions)
+        except Exception as error:  # every simulator has its own
+            raise EnvironmentFailed(f"the environment failed: {type(error).__name__}: {first_line(error)}") from error
+        if not (np.isfinite(reward).all() and (observation.dtype == np.uint8 or np.isfinite(observation).all())):
+            raise EnvironmentFailed("the environment gave an observation or a reward that is not finite")
+        lives = infos.get("lives", self.lives)
+        infos["life_lost"], self.lives = lives < self.lives, lives
+        return observation, reward, terminated, truncated, infos
+
+
+def protocol(args: RunFlags) -> dict[str, float]:
+    """The keywords of `make_envs` that these flags give."""
+    return {
+        name: getattr(args, name) for name in ("sticky_actions", "noop_max", "action_repeat") if hasattr(args, name)
+    }
+
+
+def open_envs(args: RunFlags, action_space: type[gym.Space]) -> VectorEnv:
+    """The training environments of `--env-id` and `--num-envs`; with `--save-dataset`, they log what passes.
+
+    An id that is unknown, cannot be made on this machine, or has other spaces than `action_space` (`Discrete`, or `Box`
+    with bounds) and vectors or images ends the program with one line. So does `--capture-video` without a renderer.
+    """
+    problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
     try:
-        envs = make_envs(env_id, num_envs, **protocol)
+        envs = make_envs(args.env_id, getattr(args, "num_envs", 1), **protocol(args))
     except Exception as error:  # of whatever library the environment needs
-        fail(f"--env-id: cannot make {env_id}: {first_line(error)}")
+        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space
-    discrete = action_space is gym.spaces.Discrete
-    fits = isinstance(actions, action_space) and (discrete or actions.is_bounded())
-    if not fits or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not atari_game(env_id)):
-        kind, other = ("discrete", ", or an Atari game (ALE/Pong-v5)") if discrete else ("bounded", "")
-        fail(f"--env-id: {env_id} has {actions} and {space}, takes {kind} actions and observations in vectors{other}")
-    return envs
+    fits = isinstance(actions, action_space) and (isinstance(actions, gym.spaces.Discrete) or actions.is_bounded())
+    if not fits or not isinstance(space, gym.spaces.Box) or len(space.shape) not in (1, 3):
+        kind = "discrete actions" if action_space is gym.spaces.Discrete else "bounded continuous actions"
+        fail(f"--env-id: expected {kind} and vectors or images as observations, got {actions} and {space}")
+    problem = cannot_render(args.env_id) if args.capture_video else None
+    if problem:
+        fail(f"--capture-video: {problem}")
+    if getattr(args, "save_dataset", None) is not None:
+        envs = log_dataset(envs, args)
+    return TrainingEnvs(envs)
+
+
+def log_dataset(envs: VectorEnv, args: RunFlags) -> VectorEnv:
+    from utils.offline.write import LogDataset  # other runs do not need it
+
+    stack = stack_size(args.env_id)
+    try:
+        return LogDataset(envs, args.save_dataset, stack, args.env_id, args.clip_rewards, append=bool(args.resume))
+    except OSError as error:
+        fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset or 'a folder without a name'}: {error}")
+
+
+def stack_size(env_id: str) -> int:
+    """Frames that are stacked in one observation's first dimension: 4 in Atari games, else 1."""
+    return STACK if atari_game(env_id) else 1
+
+
+Policy = Callable[[np.ndarray, Sequence[np.random.Generator]], np.ndarray]
+"""Maps observations (n, *observation shape) and a random number generator for each row to n actions."""
+
+EVALUATION_ROWS = 8  # episodes that are played side by side
+
+
+def evaluate(
+    args: RunFlags, policy: Policy, episodes: int, seed: int, video_folder: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plays `episodes` episodes of `args.env_id` and returns their returns (float64) and lengths (int64), (episodes,).
+
+    Episode k depends on the policy and on `seed + k` alone: its environment and its random numbers are seeded by it, and
+    its observations are always in row k % 8 of the policy's batch of 8, whether its neighbours play or not.
+
+    Args:
+        video_folder: also write every episode there as an MP4.
+    """
+    if video_folder:
+        envs = make_video_env(args.env_id, str(video_folder), **protocol(args))
+    else:
+        envs = make_envs(args.env_id, min(episodes, EVALUATION_ROWS), **protocol(args))
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
+    batch = np.zeros((EVALUATION_ROWS, *envs.single_observation_space.shape), envs.single_observation_space.dtype)
+    rngs = [np.random.default_rng(seed)] * EVALUATION_ROWS
+    for first in range(0, episodes, envs.num_envs):
+        numbers = first + np.arange(envs.num_envs)
+        rows = numbers % EVALUATION_ROWS
+        for number, row in zip(numbers, rows):
+            rngs[row] = np.random.default_rng(seed + int(number))
+        seeds = [seed + int(number) for number in numbers]
+        observation, _ = envs.reset(seed=np.array(seeds) if isinstance(envs.unwrapped, AtariVectorEnv) else seeds)
+        playing = numbers < episodes
+        while playing.any():
+            batch[rows] = observation
+            observation, _, terminated, truncated, infos = envs.step(policy(batch, rngs)[rows])
+            for i in np.flatnonzero((terminated | truncated) & playing):
+                returns[numbers[i]], lengths[numbers[i]] = infos["episode"]["r"][i], infos["episode"]["l"][i]
+                playing[i] = False
+    envs.close()
+    return returns, lengths
 
 
 def make_video_env(

@@ -1,8 +1,22 @@
-"""Refusing flags without a meaning, in one line: the flag, what it got and what it takes."""
+"""Command-line flags: those that every script inherits, what values a flag accepts, and one-line errors."""
 
 import math
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
+
+import tyro
+
+ArgsT = TypeVar("ArgsT", bound="RunFlags")
+
+
+class InputError(Exception):
+    """Bad input found deep inside: the entry point prints the message, one line, and exits with code 2."""
+
+
+class Diverged(Exception):
+    """A loss, a value, an action or a weight is no longer finite."""
 
 
 def fail(message: str) -> NoReturn:
@@ -11,48 +25,139 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def require(args: object, name: str, ok: bool, takes: str) -> None:
-    """Ends the program unless `ok`, naming the flag of the field `name`, what it got and what it takes."""
+def flag(name: str) -> str:
+    """How the field `name` is spelled on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Range(NamedTuple):
+    """Which values a flag accepts, as metadata of its type."""
+
+    expected: str
+    accepts: Callable[[float], bool]
+
+
+class Above(NamedTuple):
+    """The flag's value must exceed that of another field."""
+
+    other: str
+
+
+PositiveInt = Annotated[int, Range("an integer of at least 1", lambda x: x >= 1)]
+NonNegativeInt = Annotated[int, Range("an integer of at least 0", lambda x: x >= 0)]
+Seed = Annotated[int, Range("an integer in [0, 2^30)", lambda x: 0 <= x < 2**30)]
+Float = Annotated[float, Range("a finite number", lambda x: True)]
+PositiveFloat = Annotated[float, Range("a number above 0", lambda x: x > 0)]
+NonNegativeFloat = Annotated[float, Range("a number of at least 0", lambda x: x >= 0)]
+Probability = Annotated[float, Range("a number in [0, 1]", lambda x: 0 <= x <= 1)]
+Sparsity = Annotated[float, Range("a number in [0, 1)", lambda x: 0 <= x < 1)]
+Fraction = Annotated[float, Range("a number in (0, 1]", lambda x: 0 < x <= 1)]
+
+
+@dataclass
+class RunFlags:
+    """Flags that say how to run a script, and change nothing of what it learns."""
+
+    device: str = "auto"
+    """device to train on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    cuda_graph: bool = True
+    """on a GPU, capture the update and the policy as CUDA graphs and replay them"""
+    tf32: bool = True
+    """on a GPU, use TF32 (10-bit mantissa) for matrix products and convolutions, as JAX does by default"""
+    runs_dir: str = "runs"
+    """parent directory of the run folders"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "sparse-rl"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases entity (user or team)"""
+    checkpoint_every: NonNegativeInt = 0
+    """steps between checkpoints; 0 writes one only when the run is interrupted"""
+    resume: str | None = None
+    """checkpoint.pt to resume from; flags that are not given keep the checkpoint's values"""
+    eval_every: NonNegativeInt = 0
+    """steps between evaluations during training; 0 evaluates the final network only"""
+    eval_episodes: PositiveInt = 10
+    """episodes of each evaluation"""
+    capture_video: bool = False
+    """record the episodes of the final evaluation as MP4"""
+    diagnostics_every: NonNegativeInt = 0
+    """steps between diagnostics (dormant units, ranks, norms, gradient interference); 0 disables them"""
+
+
+RESUMABLE = {field.name for field in fields(RunFlags)} - {"runs_dir"} | {"total_timesteps", "total_updates"}
+
+
+def check_flags(args: RunFlags) -> None:
+    """Ends the program with one line unless every flag is within the range that its type annotation gives."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        expect(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+        for rule in rules_of(hint):
+            if isinstance(rule, Range):
+                expect(args, name, rule.accepts(value), rule.expected)
+            elif isinstance(rule, Above):
+                least = getattr(args, rule.other)
+                expect(args, name, value > least, f"more than {flag(rule.other)}, which is {least}")
+
+
+def expect(args: object, name: str, ok: bool, expected: str) -> None:
+    """Ends the program unless `ok`, naming the flag of the field `name`, what it takes and what it got."""
     if not ok:
-        fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, takes {takes}")
+        fail(f"{flag(name)}: expected {expected}, got {getattr(args, name)}")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of its message, or its kind if it has none."""
+def rules_of(hint: object) -> list:
+    """The `Range` and `Above` in an annotated type, which may be optional."""
+    own = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Range | Above)]
+    return own + [rule for part in get_args(hint) for rule in rules_of(part)]
+
+
+def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: list[str] | None = None) -> ArgsT:
+    """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
+    `--resume` names; the value in `preset(args)`; the default in the class.
+
+    Args:
+        preset: values that replace defaults for the flags given so far, such as those of a small environment.
+        argv: instead of `sys.argv[1:]`; makes a preset available to a notebook.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    wants_help = {"-h", "--help"} & set(argv)
+    given = [word for word in argv if word not in ("-h", "--help")]
+    args = tyro.cli(args_class, args=given)
+    if args.resume is not None:
+        return resumed_args(args_class, args, given)
+    changed: dict = {}
+    while (values := preset(args)) != changed:  # a preset may set a flag that asks for another preset
+        args, changed = tyro.cli(args_class, args=given, default=replace(args_class(), **values)), values
+    if wants_help:  # shows the defaults of this very command line
+        tyro.cli(args_class, args=argv, default=replace(args_class(), **changed))
+    check_flags(args)
+    if changed:
+        kept = {name: value for name, value in changed.items() if getattr(args, name) == value}
+        print(f"defaults for {args.env_id}: " + ", ".join(f"{flag(name)} {value}" for name, value in kept.items()))
+    return args
+
+
+def resumed_args(args_class: type[ArgsT], args: ArgsT, argv: list[str]) -> ArgsT:
+    """The flags of the run that `args.resume` continues, with those in `argv` that a resumed run may change."""
+    from utils.checkpoints import load_checkpoint
+
+    saved = load_checkpoint(args.resume)["args"]
+    names = {field.name for field in fields(args_class)}
+    if set(saved) != names:
+        fail(f"--resume: {args.resume} was written by another version of the script: it has other flags")
+    args = tyro.cli(args_class, args=argv, default=args_class(**saved))
+    for name in names - RESUMABLE:
+        if getattr(args, name) != saved[name]:
+            fail(f"{flag(name)}: a resumed run keeps {saved[name]}, got {getattr(args, name)}")
+    check_flags(args)
+    return args
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# What the flags take, in whichever script has them.
-RANGES = {
-    "a number in [0, 1)": (lambda x: 0 <= x < 1, "sparsity actor_sparsity critic_sparsity sticky_actions"),
-    "a number in [0, 1]": (lambda x: 0 <= x <= 1, "gamma start_e end_e eval_epsilon drop_fraction"),
-    "a number in (0, 1]": (lambda x: 0 < x <= 1, "tau prune_end rewire_end data_fraction"),
-    "a number above 0": (lambda x: x > 0, "learning_rate policy_lr q_lr replay_ratio utd init_alpha"),
-    "a number from 0 on": (lambda x: x >= 0, "adam_eps weight_decay exploration_noise alpha beta noisy_sigma"),
-    "a whole number from 0 on, below 2^30": (lambda x: 0 <= x < 2**30, "seed mask_seed data_seed"),
-    "a whole number from 0 on": (lambda x: x >= 0, "noop_max checkpoint_every diagnostics_every"),
-    "a whole number from 1 on": (
-        lambda x: x >= 1,
-        "width depth num_envs batch_size buffer_size n_step action_repeat num_critics exploration_steps eval_every "
-        "eval_episodes target_network_frequency prune_interval rewire_interval",
-    ),
-    "a whole number from 2 on": (lambda x: x >= 2, "n_atoms"),
-    "a whole number from 10 on": (lambda x: x >= 10, "total_updates"),
-}
-
-
-def require_ranges(args: object) -> None:
-    """Ends the program unless every number among the flags is finite and within its range, where `RANGES` has one."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    for name, value in given.items():
-        require(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-    for takes, (ok, names) in RANGES.items():
-        for name in names.split():
-            require(args, name, name not in given or ok(given[name]), takes)
-
-
-def changed_flags(saved: dict, args: object) -> str:
-    """The flags whose value is not the one that a checkpoint's run had, and both values; for a message."""
-    changed = {name: value for name, value in vars(args).items() if name != "resume" and saved.get(name) != value}
-    said = [f"--{name.replace('_', '-')} {value} (it has {saved.get(name)})" for name, value in changed.items()]
-    return ", ".join(said) or "this version of the script"

@@ -1,23 +1,29 @@
 """Replaying a fixed piece of GPU work as one CUDA graph: hundreds of kernel launches become one."""
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from utils.flags import first_line
+
 Result = TypeVar("Result")
-EAGER_CALLS = 3  # before the recording: libraries, autograd and the optimiser make what they need at their first calls
+EAGER_CALLS = (
+    3  # before the capture: libraries, autograd and the optimizer allocate what they need at their first calls
+)
 
 
 def cuda_graph(function: Callable[[], Result], enabled: bool) -> Callable[[], Result]:
-    """`function`, recorded at its fourth call and replayed from then on; `function` itself unless `enabled`.
+    """`function`, captured at its fourth call and replayed from then on; `function` itself unless `enabled`.
 
     A replay runs the same kernels on the same memory, with new random numbers, and none of the Python. So `function`
     must take everything that changes from one call to the next from tensors on the GPU that are changed in place (its
     masks, the replay's position, the observation to act on), must keep its shapes, and must never make the host wait.
+    If the capture fails, one line says so, and `function` is called eagerly from then on.
 
     Returns:
-        A function that returns what `function` does. After the recording these are always the same tensors: the next
+        A function that returns what `function` does. After the capture these are always the same tensors: the next
         replay overwrites them.
 
     The recipe is that of PyTorch's notes on CUDA graphs, "Whole-network capture".
@@ -25,20 +31,27 @@ def cuda_graph(function: Callable[[], Result], enabled: bool) -> Callable[[], Re
     if not enabled:
         return function
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    calls, result = 0, None
+    calls, result, failed = 0, None, False
 
     def replayed() -> Result:
-        nonlocal calls, result
+        nonlocal calls, result, failed
         calls += 1
-        if calls <= EAGER_CALLS:  # on a side stream, as the recording will be
+        if failed:
+            return function()
+        if calls <= EAGER_CALLS:  # on a side stream, as the capture will be
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 eager_result = function()
             torch.cuda.current_stream().wait_stream(stream)
             return eager_result
         if calls == EAGER_CALLS + 1:
-            with torch.cuda.graph(graph, stream=stream):  # records, and runs nothing
-                result = function()
+            try:
+                with torch.cuda.graph(graph, stream=stream):  # captures, and runs nothing
+                    result = function()
+            except RuntimeError as error:
+                failed = True
+                print(f"note: training continues without CUDA graphs: {first_line(error)}", file=sys.stderr)
+                return function()
         graph.replay()
         return result
 

@@ -1,7 +1,7 @@
-"""Mask arithmetic: how many weights each layer keeps, which tensors hold them, and keeping the rest at zero.
+"""Mask arithmetic: how many weights are active in each layer, which ones, and keeping the others at zero.
 
-Pure functions of shapes and tensors. *When* and *why* a mask changes stands in the scripts. While they train, a mask
-has the dtype of its weight, ones and zeros: multiplying by a bool takes four to five times as long. Files hold bools.
+Pure functions of shapes and tensors; *when* and *why* a mask changes is in the scripts. During training a mask has the
+dtype of its weight: multiplying by a bool tensor takes four to five times as long. Files hold bools.
 """
 
 import math
@@ -21,11 +21,6 @@ def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.ndim >= 2}
 
 
-def uniform_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:
-    """The same density, 1 - `sparsity`, in every layer."""
-    return dict.fromkeys(shapes, 1.0 - sparsity)
-
-
 def erk_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:
     """Erdos-Renyi-kernel densities: a layer's density is proportional to the sum of its dimensions over their product.
 
@@ -35,7 +30,7 @@ def erk_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
     Args:
         shapes: the full shape of each prunable tensor, convolution kernels included.
-        sparsity: share of all these weights that is zero, in [0, 1).
+        sparsity: fraction of all these weights that is zero, in [0, 1).
 
     Returns:
         Density in (0, 1] of each tensor, in the order given.
@@ -55,20 +50,31 @@ def erk_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:
     return {name: 1.0 if name in dense else epsilon * raw[name] for name in shapes}
 
 
-def kept_count(size: int, density: float) -> int:
-    """How many of `size` weights a layer of this density keeps: exact, and never none."""
+def layer_densities(weights: Tensors, sparsity: float, distribution: str) -> dict[str, float]:
+    """Density in (0, 1] of each weight, so that `sparsity` of all of them are zero.
+
+    Args:
+        distribution: "erk" for Erdos-Renyi-kernel densities, "uniform" for 1 - `sparsity` in every layer.
+    """
+    if distribution == "uniform":
+        return dict.fromkeys(weights, 1.0 - sparsity)
+    return erk_densities({name: tuple(weight.shape) for name, weight in weights.items()}, sparsity)
+
+
+def active_count(size: int, density: float) -> int:
+    """Number of active weights in a layer of `size` weights: exact, and never zero."""
     return max(1, round(size * density))
 
 
-def random_mask(shape: tuple[int, ...], count: int, generator: torch.Generator) -> torch.Tensor:
-    """A bool mask with exactly `count` ones at uniformly random places, the same on every device for one seed.
+def random_mask(weight: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """A mask like `weight` with exactly `count` ones at uniformly random places, the same on every device for one seed.
 
     Args:
         generator: a CPU generator.
     """
-    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
-    mask[torch.randperm(mask.numel(), generator=generator)[:count]] = True
-    return mask.view(shape)
+    mask = torch.zeros(weight.numel())
+    mask[torch.randperm(mask.numel(), generator=generator)[:count]] = 1
+    return torch.zeros_like(weight).copy_(mask.view(weight.shape))  # in the weight's memory format
 
 
 def keep_largest(score: torch.Tensor, count: int) -> torch.Tensor:
@@ -87,28 +93,28 @@ def keep_largest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def apply_masks(weights: Tensors, masks: Tensors) -> None:
-    """Sets the masked weights to zero, in place. `masks` may be empty, or cover a part of `weights`."""
+    """Sets the masked weights to zero, in place. `masks` may be empty, or cover only some of `weights`."""
     if masks:
         torch._foreach_mul_([weights[name] for name in masks], list(masks.values()))
 
 
-def sparsity_scalars(shapes: Shapes, kept: dict[str, int]) -> dict[str, float]:
-    """The share of zeros in each layer and in all of them, by the names under which they are logged."""
-    share = {f"sparsity/{name}": 1 - kept[name] / math.prod(shape) for name, shape in shapes.items()}
-    return share | {"sparsity/global": 1 - sum(kept.values()) / sum(math.prod(shape) for shape in shapes.values())}
+def sparsity_scalars(weights: Tensors, masks: Tensors) -> dict[str, float]:
+    """The fraction of zeros among all weights, and in each layer, by the names under which they are logged."""
+    active = {name: int(masks[name].sum()) if name in masks else weight.numel() for name, weight in weights.items()}
+    total = sum(weight.numel() for weight in weights.values())
+    layers = {f"sparsity/{name}": 1 - active[name] / weight.numel() for name, weight in weights.items()}
+    return {"sparsity/global": 1 - sum(active.values()) / total} | layers
 
 
-def mask_table(shapes: Shapes, kept: dict[str, int]) -> str:
-    """A markdown table of the layers: shape, weights kept, density; and the totals.
-
-    Args:
-        kept: number of weights that each layer keeps at the end of training.
-    """
-    total, total_kept = sum(math.prod(shape) for shape in shapes.values()), sum(kept.values())
-    rows = [("layer", "shape", "kept", "density")]
-    for name, shape in shapes.items():
-        rows.append((name, "x".join(map(str, shape)), f"{kept[name]:,}", f"{kept[name] / math.prod(shape):.4f}"))
-    rows.append(("total", f"{total:,}", f"{total_kept:,}", f"{total_kept / total:.4f}"))
+def mask_table(weights: Tensors, densities: dict[str, float]) -> str:
+    """A markdown table of the layers: shape, weights that are active at the end of training, density; and the totals."""
+    active = {name: active_count(weight.numel(), densities[name]) for name, weight in weights.items()}
+    total, total_active = sum(weight.numel() for weight in weights.values()), sum(active.values())
+    rows = [("layer", "shape", "active", "density")]
+    for name, weight in weights.items():
+        shape = "x".join(map(str, weight.shape))
+        rows.append((name, shape, f"{active[name]:,}", f"{active[name] / weight.numel():.4f}"))
+    rows.append(("total", f"{total:,}", f"{total_active:,}", f"{total_active / total:.4f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"| {row[0]:<{widths[0]}} | {row[1]:<{widths[1]}} | {row[2]:>{widths[2]}} | {row[3]:>{widths[3]}} |"

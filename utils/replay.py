@@ -185,7 +185,7 @@ class Replay:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(array).to(self.device, non_blocking=True)
 
-    def cut(self) -> tuple[np.ndarray, np.ndarray]:
+    def end_episodes(self) -> tuple[np.ndarray, np.ndarray]:
         """Ends the running episodes as truncated: the environments are about to be reset from outside.
 
         Returns:
@@ -251,9 +251,19 @@ def storage_device(nbytes: int, device: torch.device) -> torch.device:
     Raises:
         MemoryError: they fit in neither.
     """
-    if device.type == "cuda" and nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
-        return device
+    if device.type == "cuda":
+        if nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
+            return device
+        print(
+            f"note: {nbytes / 1e9:.1f} GB of replay do not fit on the GPU: they stay in host memory, without CUDA graphs"
+        )
     available = psutil.virtual_memory().available
     if nbytes > available:
         raise MemoryError(f"needs {nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free")
     return torch.device("cpu")
+
+
+def to_device(observation: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An observation as a tensor on `device`: uint8 stays uint8, all else becomes float32."""
+    dtype = torch.uint8 if observation.dtype == np.uint8 else torch.float32
+    return torch.as_tensor(observation, dtype=dtype).to(device, non_blocking=True)

@@ -1,221 +1,448 @@
-"""A run's bookkeeping: device, folder, progress line, TensorBoard, episode log and signals."""
+"""A run's notebook: its folder, logs, progress line, checkpoints and end; and the entry point of every script."""
 
-import csv
+import contextlib
 import json
+import math
 import os
+import platform
+import re
+import shutil
 import signal
-import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import FrameType
+from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.flags import fail
+from utils.checkpoints import all_finite, load_checkpoint, load_state, save_atomically, state_of, write_atomically
+from utils.envs import Policy, evaluate
+from utils.flags import Diverged, RunFlags, fail, first_line
+from utils.masks import active_count
+
+EVALUATION_SEED = 1_000_000  # added to --seed: evaluations play other episodes than training
+REPEATED_SIGNAL = 2.0  # seconds in which a second signal is taken for an echo of the first
+CSV_HEADERS = {
+    "episodes.csv": "step,return,length",
+    "evaluations.csv": "step,episode,return,length",
+    "scalars.csv": "step,seconds,tag,value",
+}
 
 
-def choose_device(cuda: bool, tf32: bool = True) -> torch.device:
-    """The GPU if there is one and it is wanted, else the CPU; says which.
-
-    Args:
-        tf32: let a GPU round the factors of float32 products and convolutions to 10 bits, which is JAX's default too.
-    """
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+def choose_device(args: RunFlags) -> torch.device:
+    """The device of `--device`, with TF32 set as `--tf32` says; prints its name."""
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # unknown, absent, or torch without CUDA
+        fail(f"--device: expected auto, cpu, or an available GPU (cuda, cuda:1, ...), got {args.device}")
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        print(f"device: {torch.cuda.get_device_name(device)}")
     else:
-        name = f"CPU, {torch.get_num_threads()} threads (for several runs at once, OMP_NUM_THREADS=1 is fastest)"
-    print(f"device: {name}")
+        print(
+            f"device: CPU, {torch.get_num_threads()} threads (with several runs at once, OMP_NUM_THREADS=1 is fastest)"
+        )
     return device
 
 
-def median_seconds(action: Callable[[], object], repeats: int = 3) -> float:
-    """How long one call takes, after a first one that is not counted."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+class StopSignal:
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request: `number` is set, for the training loop to act on.
+
+    A second one within two seconds is ignored, as wrappers and nervous users send them in pairs; a later one ends the
+    program at once. With `immediate` set, the first one already ends the program, and says that text.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.time, self.immediate, self.previous = 0, 0.0, "", {}
+
+    def install(self) -> None:
+        if not self.previous and threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.__init__()
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.number and time.monotonic() - self.time < REPEATED_SIGNAL:
+            return
+        if self.number or self.immediate:
+            tqdm.write(self.immediate or "stopped before the checkpoint was complete", file=sys.stderr)
+            raise SystemExit(128 + number)
+        self.number, self.time = number, time.monotonic()
+        tqdm.write("stopping: writing checkpoint.pt; a second signal gives it up", file=sys.stderr)
 
 
-def in_words(seconds: float) -> str:
-    """A duration in the unit in which a person would say it."""
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+stop_signal = StopSignal()
 
 
 class Run:
-    """The folder `runs/<env>__<script>__<seed>__<time>/` and everything that is written there while training goes on.
+    """What one training run leaves in `runs/<env>__<script>__<seed>__<time>/`.
 
-    Holds `args.json`, TensorBoard events, `episodes.csv` (step, return, length), `checkpoint.pt`, and at the end
-    `model.pt`. A full disk or a lost logger is reported once and never ends the run. The first Ctrl-C or SIGTERM sets
-    `stopping`, for the loop to act on; a second one ends the program at once.
+    args.json, versions.json and a copy of the script; TensorBoard events; `episodes.csv`, `evaluations.csv` and
+    `scalars.csv`; `checkpoint.pt`; at the end `model.pt` and `curve.png`. It records and restores; of the agent it
+    calls nothing but the policy that it is given. A log that cannot be written is reported once and never ends a run.
+
+    `step` and `update` are 0, or those of the checkpoint that was resumed.
     """
 
-    def __init__(self, args: object, script: str, step: int = 0, total: int | None = None, unit: str = "step") -> None:
-        """Makes the folder, or goes on in the one of `args.resume`, forgetting what was logged after `step`.
+    open: ClassVar[list["Run"]] = []  # for the entry point, which saves what it can if training fails
+
+    def __init__(
+        self,
+        args: RunFlags,
+        script: str,
+        state: dict[str, object],
+        rng: np.random.Generator,
+        total: int | None = None,
+        unit: str = "step",
+    ) -> None:
+        """Makes the run's folder; with `--resume`, restores the state in place and continues in the same folder.
 
         Args:
-            total: steps of the whole run, `args.total_timesteps` unless given.
+            script: `__file__` of the script.
+            state: everything that a checkpoint holds, by name: networks, optimizers, the replay, masks, other tensors;
+                dictionaries of them too. The state of torch's random numbers is added.
+            rng: the script's own random number generator.
+            total: length of the run, `args.total_timesteps` unless given.
             unit: what a step is called on the progress line.
         """
-        self.script, self.unit = script, unit
-        wandb = import_wandb() if args.track else None
+        self.args, self.state, self.rng, self.unit = args, state, rng, unit
+        self.script = Path(script)
+        self.total = total or args.total_timesteps
+        self.step = self.previous_step = self.update = 0
+        earlier_seconds = 0.0
         if args.resume:
             self.folder = Path(args.resume).resolve().parent
+            earlier_seconds = self._restore(load_checkpoint(args.resume))
         else:
-            name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{int(time.time())}"
-            self.folder = unused(Path(args.runs_dir) / name)
+            self.folder = new_folder(Path(args.runs_dir).expanduser(), args.env_id, self.script.stem, args.seed)
+        self.log_every = max(100, self.total // 1_000)
+        self.latest_return, self.failed_logs = math.nan, set()
+        self._open_logs()
+        print(f"run folder: {os.path.relpath(self.folder)}")
+        self.start_step, self.start_time = self.step, time.time()
+        self.time_zero = self.start_time - earlier_seconds
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.step,
+            unit=unit,
+            unit_scale=True,
+            bar_format="{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file gets a line twice a minute
+        )
+        stop_signal.install()
+        Run.open.append(self)
+
+    def _restore(self, saved: dict) -> float:
+        """Gives the state, the counters and all random numbers the values of a checkpoint; returns its seconds."""
+        if saved["script"] != self.script.stem:
+            fail(f"--resume: expected a checkpoint of {self.script.name}, got one of {saved['script']}.py")
+        if saved["step"] > self.total:
+            fail(f"--resume: the checkpoint is at {self.unit} {saved['step']}, but the run ends at {self.total}")
+        try:
+            load_state(self.state, saved["state"])
+            torch.set_rng_state(saved["rng"]["torch"])
+            if len(saved["rng"]["cuda"]) == torch.cuda.device_count() > 0:
+                torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+            self.rng.bit_generator.state = saved["rng"]["numpy"]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            fail(f"--resume: {self.args.resume} does not fit this version of {self.script.name}: {first_line(error)}")
+        self.step = self.previous_step = saved["step"]
+        self.update = saved["update"]
+        return saved["seconds"]
+
+    def _open_logs(self) -> None:
+        wandb = start_wandb(self.args, self.folder.name) if self.args.track else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            write_atomically(json.dumps(asdict(self.args), indent=2) + "\n", self.folder / "args.json")
+            if not self.args.resume:
+                write_atomically(json.dumps(versions(self.script), indent=2) + "\n", self.folder / "versions.json")
+                shutil.copyfile(self.script, self.folder / self.script.name)
+            self.files = {}
+            for name in CSV_HEADERS:
+                drop_rows_after(self.step, self.folder / name)
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
         except OSError as error:
-            fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror}")
-        print(f"run folder: {os.path.relpath(self.folder)}")
+            fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror or error}")
         if wandb:
-            try:
-                wandb.init(
-                    project=args.wandb_project_name,
-                    entity=args.wandb_entity,
-                    name=self.folder.name,
-                    config=asdict(args),
-                    sync_tensorboard=True,
-                    save_code=True,
-                )
-            except Exception as error:  # no network, no login, ...: its own errors are many
-                fail(f"--track: Weights & Biases does not start: {error}")
-
-        self.lost: set[str] = set()
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
-        rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(args).items())
+            wandb.save(str(self.folder / self.script.name), base_path=str(self.folder))
+        rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(self.args).items())
         self.text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-        self.episodes = self._open_episodes(step)
 
-        self.start_step, self.start_time, self.latest_return = step, time.time(), float("nan")
-        # A terminal gets a living line; a log file gets one twice a minute.
-        self.bar = tqdm(
-            total=total or args.total_timesteps,
-            initial=step,
-            unit=unit,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        )
-        self.stopping = False
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._on_signal)
-
-    def _open_episodes(self, step: int):
-        path = self.folder / "episodes.csv"
-        earlier = [row for row in read_episodes(path) if row[0] <= step] if step else []
-        file = path.open("w", newline="", buffering=1)
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("step", "return", "length"))
-        writer.writerows(earlier)
-        return file
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.stopping or self.bar.n >= self.bar.total:
-            raise SystemExit(128 + number)
-        self.stopping = True
-
-    def _log(self, what: str, action: Callable, *args: object) -> None:
+    def _try(self, what: str, action: Callable, *args: object) -> None:
+        """A run of days must not die of a full disk or a lost logger."""
         try:
             action(*args)
-        except Exception as error:  # a run of days must not die of its logger
-            if what not in self.lost:
-                self.lost.add(what)
-                tqdm.write(f"warning: {what} cannot be written any more: {error}", file=sys.stderr)
+        except Exception as error:
+            if what not in self.failed_logs:
+                self.failed_logs.add(what)
+                tqdm.write(f"warning: {what} cannot be written: {first_line(error)}", file=sys.stderr)
+
+    def _row(self, name: str, *values: object) -> None:
+        def write() -> None:
+            if name not in self.files:
+                self.files[name] = (self.folder / name).open("a", buffering=1)
+                if not self.files[name].tell():
+                    self.files[name].write(CSV_HEADERS[name] + "\n")
+            self.files[name].write(",".join(map(str, values)) + "\n")
+
+        self._try(name, write)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asks the run to stop."""
+        return stop_signal.number != 0
+
+    def advance(self, step: int, update: int) -> None:
+        """Records that the run has come to this step (agent steps, or updates of an offline run) and update."""
+        self.previous_step, self.step, self.update = self.step, step, update
+        self.bar.update(min(step, self.total) - self.bar.n)  # several environments may step over the end
+
+    def due(self, every: int) -> bool:
+        """Whether the last step reached or crossed a multiple of `every`; never if it is 0."""
+        return every > 0 and self.step // every > self.previous_step // every
 
     def text(self, tag: str, markdown: str) -> None:
         """Logs a markdown text to TensorBoard."""
-        self._log("TensorBoard", self.writer.add_text, tag, markdown)
+        self._try("TensorBoard", self.writer.add_text, tag, markdown)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Logs scalars to TensorBoard."""
-        for tag, value in values.items():
-            self._log("TensorBoard", self.writer.add_scalar, tag, value, step)
+    def log(self, scalars: dict[str, float]) -> None:
+        """Logs scalars at the current step. The first of them and `sparsity/global` appear on the progress line.
 
-    def episode(self, episode_return: float, length: int, step: int) -> None:
-        """Logs an episode that ended at agent step `step`."""
-        self.latest_return = float(episode_return)
-        self.scalars({"charts/episodic_return": episode_return, "charts/episodic_length": length}, step)
-        self._log("episodes.csv", self.episodes.write, f"{step},{float(episode_return):g},{int(length)}\n")
+        Raises:
+            Diverged: one of them is not finite.
+        """
+        seconds = time.time() - self.time_zero
+        speed = (self.step - self.start_step) / (time.time() - self.start_time)
+        for tag, value in (scalars | {"charts/SPS": speed}).items():
+            self._try("TensorBoard", self.writer.add_scalar, tag, value, self.step)
+            self._row("scalars.csv", self.step, f"{seconds:.1f}", tag, f"{value:.6g}")
+        shown = {"return": self.latest_return}
+        if "sparsity/global" in scalars:
+            name, loss = next(iter(scalars.items()))
+            shown |= {"sparsity": scalars["sparsity/global"], name.rpartition("/")[2].replace("td_", ""): loss}
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        for tag, value in scalars.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{tag} is {value} at {self.unit} {self.step}")
 
-    def progress(self, step: int, **values: float) -> None:
-        """Moves the progress line to `step`; `values` are shown on it."""
-        if values:
-            shown = {"return": self.latest_return} | values
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-        self.bar.update(min(step, self.bar.total) - self.bar.n)  # several environments may step over the end
+    def log_episodes(self, infos: dict, done: np.ndarray) -> None:
+        """Logs the episodes that ended in this step.
 
-    def steps_per_second(self, step: int) -> float:
-        """Agent steps per second since this process began to train."""
-        return (step - self.start_step) / (time.time() - self.start_time)
+        Args:
+            infos: of the vector environment, with the returns and lengths of `RecordEpisodeStatistics`.
+            done: (num_envs,) bool.
+        """
+        for i in np.flatnonzero(done):
+            self.latest_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+            self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_return", self.latest_return, self.step)
+            self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_length", length, self.step)
+            self._row("episodes.csv", self.step, f"{self.latest_return:g}", length)
+
+    def evaluate(self, policy: Policy, video_folder: Path | None = None) -> np.ndarray:
+        """Plays `--eval-episodes` episodes, the same ones at each call, and logs them; returns (episodes,) returns."""
+        seed = self.args.seed + EVALUATION_SEED
+        returns, lengths = evaluate(self.args, policy, self.args.eval_episodes, seed, video_folder)
+        for episode, (value, length) in enumerate(zip(returns, lengths)):
+            self._row("evaluations.csv", self.step, episode, f"{value:g}", length)
+        self._try("TensorBoard", self.writer.add_scalar, "eval/episodic_return", returns.mean(), self.step)
+        return returns
+
+    def checkpoint(self) -> None:
+        """Writes `checkpoint.pt`.
+
+        Raises:
+            Diverged: a network's weights are not finite; the last checkpoint stays.
+        """
+        if not all_finite(self.state):
+            raise Diverged(f"the networks' weights are not finite at {self.unit} {self.step}")
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        content = {
+            "script": self.script.stem,
+            "args": asdict(self.args),
+            "state": state_of(self.state),
+            "step": self.step,
+            "update": self.update,
+            "seconds": time.time() - self.time_zero,
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": self.rng.bit_generator.state},
+        }
+        save_atomically(content, self.folder / "checkpoint.pt")
+
+    def try_checkpoint(self) -> None:
+        """`checkpoint`, but a full disk is only reported: training continues, and the last checkpoint stays."""
+        try:
+            self.checkpoint()
+        except (OSError, RuntimeError) as error:  # torch has its own for a write that fails
+            tqdm.write(f"warning: checkpoint.pt not saved: {disk_error(error, self.folder)}", file=sys.stderr)
 
     def close(self) -> None:
         """Flushes and closes the logs."""
         self.bar.close()
-        self._log("TensorBoard", self.writer.close)
-        self._log("episodes.csv", self.episodes.close)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self._try("TensorBoard", self.writer.close)
+        for name, file in self.files.items():
+            self._try(name, file.close)
+        Run.open.remove(self)
+        if not Run.open:
+            stop_signal.restore()
 
-    def stop(self, step: int) -> None:
-        """Closes the logs before the end, and says how to go on."""
+    def stop(self) -> None:
+        """Ends a run that a signal asked to stop: writes the checkpoint, says how to resume, and exits."""
+        number = stop_signal.number
+        self.bar.close()
+        try:
+            self.checkpoint()
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise SystemExit(f"error: checkpoint.pt not saved: {disk_error(error, self.folder)}") from None
         self.close()
-        checkpoint = self.folder / "checkpoint.pt"
-        how = f"; go on with: python {self.script}.py --resume {checkpoint}" if checkpoint.exists() else ""
-        print(f"stopped at {self.unit} {step}{how}")
+        checkpoint = os.path.relpath(self.folder / "checkpoint.pt")
+        print(f"stopped at {self.unit} {self.step}; resume with: python {self.script.name} --resume {checkpoint}")
+        raise SystemExit(128 + number)
 
-    def finish(self, returns: np.ndarray) -> None:
-        """Logs the final evaluation's returns (episodes,), closes the logs, and says where everything is."""
-        for episode, value in enumerate(returns):
-            self.scalars({"eval/episodic_return": value}, episode)
+    def save_model(self, networks: dict[str, nn.Module], masks: dict[str, dict]) -> None:
+        """Writes `model.pt`: the networks by name, and their masks by the weights' names (a dense network has none).
+
+        Raises:
+            Diverged: a network's weights are not finite.
+        """
+        if not all_finite(networks):
+            raise Diverged("the networks' weights are not finite")
+        content = {
+            "script": self.script.stem,
+            "args": asdict(self.args),
+            "networks": state_of(networks),
+            "masks": {net: {name: mask.bool() for name, mask in masks[net].items()} for net in masks},
+        }
+        try:
+            save_atomically(content, self.folder / "model.pt")
+        except (OSError, RuntimeError) as error:
+            elsewhere = Path(tempfile.gettempdir()) / f"{self.folder.name}__model.pt"
+            print(f"error: model.pt not saved: {disk_error(error, self.folder)}", file=sys.stderr)
+            try:
+                save_atomically(content, elsewhere)
+            except (OSError, RuntimeError) as second:
+                raise SystemExit(f"error: nor as {elsewhere}: {disk_error(second, elsewhere.parent)}") from None
+            raise SystemExit(f"error: saved as {elsewhere} instead; not evaluated") from None
+
+    def finish(
+        self, policy: Policy, networks: dict[str, nn.Module], masks: dict[str, dict], densities: dict[str, dict]
+    ) -> np.ndarray:
+        """Saves `model.pt`, draws `curve.png` and plays the final evaluation; returns its (episodes,) returns.
+
+        Args:
+            networks, masks: see `save_model`.
+            densities: fraction of active weights that each masked weight should have by now.
+        """
+        self.bar.close()
+        self.save_model(networks, masks)
+        saved = f"model.pt is saved; evaluate it with: python -m utils.evaluate {os.path.relpath(self.folder)}"
+        if stop_signal.number:
+            number = stop_signal.number
+            self.close()
+            print(f"stopped: {saved}")
+            raise SystemExit(128 + number)
+        stop_signal.immediate = f"stopped: {saved}"
+        print(f"playing {self.args.eval_episodes} episodes with the final network")
+        returns = self.evaluate(policy, self.folder / "videos" if self.args.capture_video else None)
+        self._try("curve.png", self._draw_curve)
         self.close()
-        print(f"model.pt, curve.png and the logs are in {self.folder}")
+        print(f"model.pt, curve.png and the logs are in {os.path.relpath(self.folder)}")
         print(f"final evaluation: mean return {returns.mean():.1f} (sd {returns.std():.1f}) of {len(returns)} episodes")
+        missed = [
+            f"{net}.{name}"
+            for net, layers in masks.items()
+            for name, mask in layers.items()
+            if int(mask.sum()) != active_count(mask.numel(), densities[net][name])
+        ]
+        if missed:
+            raise SystemExit(f"error: the final sparsity is not the one asked for in {', '.join(missed)}")
+        return returns
+
+    def _draw_curve(self) -> None:
+        from utils.curves import save_curve  # matplotlib is slow to import
+
+        names = ["method", "sparsity", "width", "seed"]
+        if getattr(self.args, "method", None) == "dense":
+            names.remove("sparsity")
+        flags = [f"{name} {getattr(self.args, name)}" for name in names if hasattr(self.args, name)]
+        save_curve(self.folder, f"{self.args.env_id}, {self.script.stem}: {', '.join(flags)}".replace("method ", ""))
 
 
-def import_wandb() -> ModuleType:
-    """Weights & Biases, an optional package."""
+def disk_error(error: Exception, folder: Path) -> str:
+    """Why a file could not be written; torch hides a full disk behind errors of its own."""
+    full = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
+    return f"{folder}: {'No space left on device' if full else first_line(error)}"
+
+
+def new_folder(runs_dir: Path, env_id: str, script: str, seed: int) -> Path:
+    """Makes a run's folder, with -2, -3, ... behind its name if several runs start in the same second."""
+    name, number = f"{re.sub('[/:]', '-', env_id)}__{script}__{seed}__{int(time.time())}", 1
+    while True:
+        folder = runs_dir / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                fail(f"--runs-dir: cannot make {folder}: a file is in its way")
+            number += 1
+        except OSError as error:
+            fail(f"--runs-dir: cannot write to {folder}: {error.strerror}")
+
+
+def drop_rows_after(step: int, path: Path) -> None:
+    """Rewrites a csv file, whose first column is the step, without later rows and without a torn last line."""
+    if path.exists():
+        header, *rows = path.read_text().split("\n")[:-1] or [CSV_HEADERS[path.name]]
+        kept = [row for row in rows if row.partition(",")[0].isdigit() and int(row.partition(",")[0]) <= step]
+        write_atomically("\n".join([header, *kept]) + "\n", path)
+
+
+def versions(script: Path) -> dict[str, str | None]:
+    """What a run was made with: versions of the packages, and the commit if the script is in a git repository."""
+    git = ["git", "-C", str(script.resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    packages = {"torch": torch.__version__, "numpy": np.__version__, "gymnasium": gym.__version__}
+    return {"script": script.stem, "commit": commit, "python": platform.python_version(), **packages}
+
+
+def start_wandb(args: RunFlags, name: str) -> object:
+    """Starts Weights & Biases, an optional package; a resumed run continues the same W&B run."""
     try:
         import wandb
     except ImportError:
         fail("--track: needs Weights & Biases; pip install wandb")
+    try:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            id=name,
+            resume="allow",
+            config=asdict(args),
+            sync_tensorboard=True,
+        )
+    except Exception as error:  # no network, no login, ...: its own errors are many
+        fail(f"--track: Weights & Biases does not start: {first_line(error)}")
     return wandb
-
-
-def unused(folder: Path) -> Path:
-    """`folder`, or with -2, -3, ... behind it if two runs start in the same second."""
-    candidate, number = folder, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-def read_episodes(path: Path) -> list[tuple[int, float, int]]:
-    """The rows (step, return, length) of an `episodes.csv`; the torn last line of a killed run is passed over."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().split("\n")[1:-1]:
-            try:
-                step, episode_return, length = line.split(",")
-                rows.append((int(step), float(episode_return), int(length)))
-            except ValueError:
-                continue
-    return rows
