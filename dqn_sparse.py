@@ -275,7 +275,7 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
 
 
 def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
-    """(start, end, interval): masks change every `interval` updates after update `start`, for the last time at `end`."""
+    """(start, end, interval): masks change every `interval` updates after update `start`, and last at `end`."""
     if args.method in ("dense", "random"):
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval

@@ -228,8 +228,8 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Plays `episodes` episodes of `args.env_id` and returns their returns (float64) and lengths (int64), (episodes,).
 
-    Episode k depends on the policy and on `seed + k` alone: its environment and its random numbers are seeded by it, and
-    its observations are always in row k % 8 of the policy's batch of 8, whether its neighbours play or not.
+    Episode k depends on the policy and on `seed + k` alone: its environment and its random numbers are seeded by it,
+    and its observations are always in row k % 8 of a batch of 8, whether its neighbours play or not.
 
     Args:
         video_folder: also write every episode there as an MP4.

@@ -107,7 +107,7 @@ def sparsity_scalars(weights: Tensors, masks: Tensors) -> dict[str, float]:
 
 
 def mask_table(weights: Tensors, densities: dict[str, float]) -> str:
-    """A markdown table of the layers: shape, weights that are active at the end of training, density; and the totals."""
+    """A markdown table of the layers: shape, active weights at the end of training, density; and the totals."""
     active = {name: active_count(weight.numel(), densities[name]) for name, weight in weights.items()}
     total, total_active = sum(weight.numel() for weight in weights.values()), sum(active.values())
     rows = [("layer", "shape", "active", "density")]

@@ -254,9 +254,7 @@ def storage_device(nbytes: int, device: torch.device) -> torch.device:
     if device.type == "cuda":
         if nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
             return device
-        print(
-            f"note: {nbytes / 1e9:.1f} GB of replay do not fit on the GPU: they stay in host memory, without CUDA graphs"
-        )
+        print(f"note: the replay ({nbytes / 1e9:.1f} GB) does not fit on the GPU: host memory, no CUDA graphs")
     available = psutil.virtual_memory().available
     if nbytes > available:
         raise MemoryError(f"needs {nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free")
