@@ -10,13 +10,14 @@ Evci, Gale, Menick, Castro, Elsen (2020), Rigging the lottery (RigL). arXiv:1911
 Mnih et al. (2015), Human-level control through deep reinforcement learning. Nature 518
 
     python dqn_sparse.py --env-id CartPole-v1              # a return of 500 in two minutes on a laptop
-    python dqn_sparse.py --sparsity 0.9 --width 4          # Breakout, 10 million steps, four times as wide; needs a GPU
+    python dqn_sparse.py --sparsity 0.9 --width 4          # Breakout, 10 million steps, four times as wide (GPU)
     python dqn_sparse.py --method rigl --no-bias --network nature --env-id ALE/Pong-v5
 """
 
 import copy
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -29,29 +30,10 @@ from torch import nn
 
 from utils.diagnostics import EverActive, diagnose
 from utils.envs import Policy, atari_game, open_envs, stack_size
-from utils.flags import (
-    Above,
-    Fraction,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Probability,
-    RunFlags,
-    Seed,
-    Sparsity,
-)
+from utils.flags import Above, NonNegativeInt, PositiveFloat, PositiveInt, Probability, RunFlags, Seed, Sparsity
 from utils.graphs import cuda_graph
 from utils.launch import launch
-from utils.masks import (
-    active_count,
-    apply_masks,
-    keep_largest,
-    layer_densities,
-    mask_table,
-    prunable,
-    random_mask,
-    sparsity_scalars,
-)
+from utils.masks import active_count, apply_masks, keep_largest, layer_densities, mask_table, prunable, random_mask
 from utils.replay import Batch, Replay, to_device
 from utils.runs import Run, choose_device
 
@@ -131,11 +113,11 @@ class Args(RunFlags):
     """give the layers biases"""
     prune_start: Probability = 0.2
     """gmp: fraction of the updates after which pruning starts"""
-    prune_end: Annotated[Fraction, Above("prune_start")] = 0.8
+    prune_end: Annotated[Probability, Above("prune_start")] = 0.8
     """gmp: fraction of the updates after which the final sparsity is reached"""
     prune_interval: PositiveInt = 1_000
     """gmp: updates between mask updates; short runs shrink it to have at least 50 of them"""
-    rewire_end: Fraction = 0.8
+    rewire_end: Probability = 0.8
     """rigl, set: fraction of the updates after which the mask is frozen"""
     rewire_interval: PositiveInt = 5_000
     """rigl, set: updates between mask updates; short runs shrink it to have at least 50 of them"""
@@ -164,38 +146,20 @@ CLASSIC_CONTROL = {
 TRUNCATED_NORMAL_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at +-2
 
 
-def xavier_init(layer: nn.Module) -> None:
-    nn.init.xavier_uniform_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-def lecun_init(layer: nn.Module) -> None:
-    """LeCun normal, Flax's default, which Dopamine keeps in residual blocks."""
-    std = math.sqrt(1 / layer.weight[0].numel()) / TRUNCATED_NORMAL_STD
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
 class NatureCNN(nn.Module):
     """Mnih et al. (2015), padded as in Dopamine: feature maps of 21, 11 and 11, so 7,744 x width features."""
 
-    def __init__(self, channels: int, n_actions: int, width: int, bias: bool) -> None:
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 32 * width, 8, stride=4, padding=2, bias=bias)
         self.conv2 = nn.Conv2d(32 * width, 64 * width, 4, stride=2, bias=bias)
         self.conv3 = nn.Conv2d(64 * width, 64 * width, 3, padding=1, bias=bias)
-        self.dense = nn.Linear(11 * 11 * 64 * width, 512, bias=bias)
-        self.head = nn.Linear(512, n_actions, bias=bias)
-        for layer in (self.conv1, self.conv2, self.conv3, self.dense, self.head):
-            xavier_init(layer)
+        self.features = 11 * 11 * 64 * width
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, A)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, features)
         x = F.relu(self.conv1(x / 255.0))  # (B, 32w, 21, 21)
         x = F.relu(self.conv2(F.pad(x, (1, 2, 1, 2))))  # (B, 64w, 11, 11); TensorFlow's "SAME" is asymmetric here
-        x = F.relu(self.conv3(x))  # (B, 64w, 11, 11)
-        return self.head(F.relu(self.dense(x.flatten(1))))
+        return F.relu(self.conv3(x)).flatten(1)  # (B, 64w x 11 x 11)
 
 
 class ResidualBlock(nn.Module):
@@ -203,8 +167,6 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        for layer in (self.conv1, self.conv2):
-            lecun_init(layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -213,49 +175,68 @@ class ResidualBlock(nn.Module):
 class ImpalaCNN(nn.Module):
     """The 15-layer ResNet of Espeholt et al. (2018): feature maps of 84, 42, 21 and 11, so 3,872 x width features."""
 
-    def __init__(self, channels: int, n_actions: int, width: int, bias: bool) -> None:
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
         super().__init__()
         sizes = [channels, 16 * width, 32 * width, 32 * width]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=bias) for i, o in itertools.pairwise(sizes))
         self.blocks = nn.ModuleList(nn.Sequential(*(ResidualBlock(c, bias) for _ in range(2))) for c in sizes[1:])
-        self.dense = nn.Linear(11 * 11 * sizes[-1], 512, bias=bias)
-        self.head = nn.Linear(512, n_actions, bias=bias)
-        for layer in (*self.convs, self.dense, self.head):
-            xavier_init(layer)
+        self.features = 11 * 11 * sizes[-1]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, A)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, features)
         x = x / 255.0
         for conv, blocks in zip(self.convs, self.blocks):
-            # TensorFlow's "SAME" for a 3x3 pooling with stride 2: pads even sizes at the end, odd ones on both sides
-            x = F.max_pool2d(conv(x), 3, stride=2, padding=x.shape[-1] % 2, ceil_mode=True)
+            x = conv(x)
+            # TensorFlow's "SAME" for 3x3 windows with stride 2: pads even sizes at the end, odd ones on both sides
+            x = F.max_pool2d(x, 3, stride=2, padding=x.shape[-1] % 2, ceil_mode=True)
             x = blocks(x)
-        return self.head(F.relu(self.dense(F.relu(x).flatten(1))))
+        return F.relu(x).flatten(1)
 
 
 class MLP(nn.Module):
-    """Two hidden layers of 512 x width, as for classic control in Dopamine."""
+    """One hidden layer, and the head has another: as for classic control in Dopamine."""
 
-    def __init__(self, inputs: int, n_actions: int, width: int, bias: bool) -> None:
+    def __init__(self, inputs: int, width: int, bias: bool) -> None:
         super().__init__()
-        self.dense1 = nn.Linear(inputs, 512 * width, bias=bias)
-        self.dense2 = nn.Linear(512 * width, 512 * width, bias=bias)
-        self.head = nn.Linear(512 * width, n_actions, bias=bias)
-        for layer in (self.dense1, self.dense2, self.head):
-            xavier_init(layer)
+        self.dense = nn.Linear(inputs, 512 * width, bias=bias)
+        self.features = 512 * width
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, inputs) float32 -> (B, A)
-        return self.head(F.relu(self.dense2(F.relu(self.dense1(x)))))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, inputs) float32 -> (B, features)
+        return F.relu(self.dense(x))
+
+
+class Head(nn.Module):
+    """Q(s, a) of all actions, after a hidden layer."""
+
+    def __init__(self, features: int, hidden: int, n_actions: int, bias: bool) -> None:
+        super().__init__()
+        self.dense = nn.Linear(features, hidden, bias=bias)
+        self.out = nn.Linear(hidden, n_actions, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, features) -> (B, A)
+        return self.out(F.relu(self.dense(x)))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Dopamine's initialisation of a module's own layers: Xavier uniform; in residual blocks Flax's LeCun normal."""
+    for layer in module.children():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(module, ResidualBlock):
+                std = math.sqrt(1 / layer.weight[0].numel()) / TRUNCATED_NORMAL_STD
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete) -> dict[str, nn.Module]:
     """The networks that model.pt holds, by name."""
-    inputs, n_actions = obs_space.shape[0], int(action_space.n)
-    if len(obs_space.shape) == 1:
-        q_network = MLP(inputs, n_actions, args.width, args.bias)
-    elif args.network == "nature":
-        q_network = NatureCNN(inputs, n_actions, args.width, args.bias)
-    else:
-        q_network = ImpalaCNN(inputs, n_actions, args.width, args.bias)
+    is_image = len(obs_space.shape) == 3
+    torso = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network] if is_image else MLP
+    torso = torso(obs_space.shape[0], args.width, args.bias)
+    head = Head(torso.features, 512 if is_image else 512 * args.width, int(action_space.n), args.bias)
+    q_network = nn.Sequential(OrderedDict(torso=torso, head=head)).apply(init_weights)
+    if isinstance(torso, ImpalaCNN):
         q_network = q_network.to(memory_format=torch.channels_last)  # faster for this network alone
     return {"q_network": q_network}
 
@@ -481,7 +462,7 @@ def main(args: Args) -> np.ndarray:
             if args.method in ("rigl", "set"):
                 progress = min((update - mask_start) / (mask_end - mask_start), 1.0)
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
-            run.log(scalars | sparsity_scalars(weights, masks))
+            run.log(scalars, weights, masks)
         if update and run.due(args.diagnostics_every):
             run.log(
                 diagnose(

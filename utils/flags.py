@@ -38,20 +38,19 @@ class Range(NamedTuple):
 
 
 class Above(NamedTuple):
-    """The flag's value must exceed that of another field."""
+    """The flag's value must exceed a number, or the value of another field."""
 
-    other: str
+    other: float | str
 
 
 PositiveInt = Annotated[int, Range("an integer of at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Range("an integer of at least 0", lambda x: x >= 0)]
 Seed = Annotated[int, Range("an integer in [0, 2^30)", lambda x: 0 <= x < 2**30)]
-Float = Annotated[float, Range("a finite number", lambda x: True)]
 PositiveFloat = Annotated[float, Range("a number above 0", lambda x: x > 0)]
 NonNegativeFloat = Annotated[float, Range("a number of at least 0", lambda x: x >= 0)]
 Probability = Annotated[float, Range("a number in [0, 1]", lambda x: 0 <= x <= 1)]
 Sparsity = Annotated[float, Range("a number in [0, 1)", lambda x: 0 <= x < 1)]
-Fraction = Annotated[float, Range("a number in (0, 1]", lambda x: 0 < x <= 1)]
+PositiveFraction = Annotated[float, Range("a number in (0, 1]", lambda x: 0 < x <= 1)]
 
 
 @dataclass
@@ -100,8 +99,10 @@ def check_flags(args: RunFlags) -> None:
             if isinstance(rule, Range):
                 expect(args, name, rule.accepts(value), rule.expected)
             elif isinstance(rule, Above):
-                least = getattr(args, rule.other)
-                expect(args, name, value > least, f"more than {flag(rule.other)}, which is {least}")
+                least, named = rule.other, f"{rule.other}"
+                if isinstance(least, str):
+                    least, named = getattr(args, least), f"{flag(least)}, which is {getattr(args, least)}"
+                expect(args, name, value > least, f"more than {named}")
 
 
 def expect(args: object, name: str, ok: bool, expected: str) -> None:

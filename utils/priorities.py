@@ -52,10 +52,10 @@ class Priorities:
             node = node // FAN_OUT  # a node that occurs twice is written twice, with the same sum
             parents.view(-1).index_copy_(0, node, children.index_select(0, node).sum(1))
 
-    def turn_over(self, entered: np.ndarray, dropped: np.ndarray, priority: torch.Tensor) -> None:
+    def refresh(self, added: np.ndarray, evicted: np.ndarray, priority: torch.Tensor) -> None:
         """Gives slots that can be drawn from now on the same `priority`, (), and takes it from those that cannot."""
-        slots = torch.from_numpy(np.concatenate((entered, dropped))).to(self.device, non_blocking=True)
-        is_new = torch.arange(len(slots), device=self.device) < len(entered)
+        slots = torch.from_numpy(np.concatenate((added, evicted))).to(self.device, non_blocking=True)
+        is_new = torch.arange(len(slots), device=self.device) < len(added)
         self.update(slots, priority * is_new)
 
     def state_dict(self) -> dict:

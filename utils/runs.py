@@ -29,7 +29,7 @@ from tqdm import tqdm
 from utils.checkpoints import all_finite, load_checkpoint, load_state, save_atomically, state_of, write_atomically
 from utils.envs import Policy, evaluate
 from utils.flags import Diverged, RunFlags, fail, first_line
-from utils.masks import active_count
+from utils.masks import active_count, sparsity_scalars
 
 EVALUATION_SEED = 1_000_000  # added to --seed: evaluations play other episodes than training
 REPEATED_SIGNAL = 2.0  # seconds in which a second signal is taken for an echo of the first
@@ -225,22 +225,26 @@ class Run:
         """Logs a markdown text to TensorBoard."""
         self._try("TensorBoard", self.writer.add_text, tag, markdown)
 
-    def log(self, scalars: dict[str, float]) -> None:
-        """Logs scalars at the current step. The first of them and `sparsity/global` appear on the progress line.
+    def log(self, scalars: dict[str, float], weights: dict | None = None, masks: dict | None = None) -> None:
+        """Logs scalars at the current step.
+
+        Args:
+            weights, masks: also logs the steps per second, and the sparsity of these weights, in total and by layer;
+                shows the first scalar, a loss, on the progress line.
 
         Raises:
-            Diverged: one of them is not finite.
+            Diverged: a scalar is not finite.
         """
         seconds = time.time() - self.time_zero
-        speed = (self.step - self.start_step) / (time.time() - self.start_time)
-        for tag, value in (scalars | {"charts/SPS": speed}).items():
+        if weights is not None:
+            sparsity, loss = sparsity_scalars(weights, masks), next(iter(scalars.values()))
+            shown = {"return": self.latest_return, "sparsity": sparsity["sparsity/global"], "loss": loss}
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            speed = (self.step - self.start_step) / (time.time() - self.start_time)
+            scalars = scalars | sparsity | {"charts/SPS": speed}
+        for tag, value in scalars.items():
             self._try("TensorBoard", self.writer.add_scalar, tag, value, self.step)
             self._row("scalars.csv", self.step, f"{seconds:.1f}", tag, f"{value:.6g}")
-        shown = {"return": self.latest_return}
-        if "sparsity/global" in scalars:
-            name, loss = next(iter(scalars.items()))
-            shown |= {"sparsity": scalars["sparsity/global"], name.rpartition("/")[2].replace("td_", ""): loss}
-            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         for tag, value in scalars.items():
             if not math.isfinite(value):
                 raise Diverged(f"{tag} is {value} at {self.unit} {self.step}")
