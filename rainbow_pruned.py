@@ -432,17 +432,20 @@ def epsilon_greedy(
     return action if explore.all() else np.where(explore, action, greedy().cpu().numpy())
 
 
+def without_noise(network: nn.Module) -> nn.Module:
+    """A copy whose noisy layers use their means."""
+    return copy.deepcopy(network).eval()
+
+
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
     """The policy of evaluations and videos: epsilon-greedy with `eval_epsilon`."""
-    q_network = networks["q_network"]
+    q_network = without_noise(networks["q_network"])
     device = next(q_network.parameters()).device
     support = make_support(args, device)
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, *obs shape) -> (n,)
-        q_network.eval()  # without noise
         q = q_values(q_network(to_device(obs, device)), support)  # (n, A)
-        q_network.train()
         greedy = q.argmax(1).tolist()
         explore = [rng.random() < args.eval_epsilon for rng in rngs]
         return np.array([rng.integers(q.shape[1]) if e else a for a, e, rng in zip(greedy, explore, rngs)])
@@ -574,15 +577,18 @@ def main(args: Args) -> np.ndarray:
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
             run.log(scalars, weights, masks)
         if update and run.due(args.diagnostics_every):
-            online, target = (copy.deepcopy(network).eval() for network in (q_network, target_network))  # without noise
             run.log(
                 diagnose(
-                    online,
+                    without_noise(q_network),
                     replay.sample,
                     masks,
                     ever_active,
-                    loss=lambda q, batch: td_loss(q, target, batch, support, args.double)[0].mean(),
-                    next_value=lambda batch: q_values(target(batch.next_observation), support).amax(1),
+                    loss=lambda q, batch: td_loss(q, without_noise(target_network), batch, support, args.double)[
+                        0
+                    ].mean(),
+                    next_value=lambda batch: q_values(
+                        without_noise(target_network)(batch.next_observation), support
+                    ).amax(1),
                 )
             )
         if run.due(args.eval_every):
