@@ -1,4 +1,4 @@
-"""What prioritised replay costs in rainbow_pruned.py: its share of an update, and sampling against the capacity.
+"""What prioritised replay costs in rainbow_pruned.py: its fraction of an update, and sampling against the capacity.
 
     python benchmarks/prioritised_replay.py [--capacity 1000000]
 
@@ -83,32 +83,32 @@ def sampling_against_capacity(path: Path) -> None:
     figure.savefig(path)
 
 
-def share_of_an_update(capacity: int) -> None:
+def fraction_of_an_update(capacity: int) -> None:
     """Times the parts of an update on a replay of `capacity` frames, all written."""
     before = psutil.Process().memory_info().rss
     space = Box(0, 255, (4, 84, 84), np.uint8)
     args = rainbow.Args(network="nature")
     replay = Replay(capacity, 1, space, Discrete(4), 4, args.n_step, args.gamma, CPU)
     replay.frames.fill_(1)
-    for name in ("action", "reward", "terminal", "end", "starts"):
+    for name in ("action", "reward", "discount", "ahead", "age", "starts"):
         getattr(replay, name).fill_(0)
     priorities = filled_tree(replay.length, tree.FAN_OUT)
     memory = psutil.Process().memory_info().rss - before
-    network = rainbow.make_network(args, space, 4)
+    network = rainbow.make_networks(args, space, Discrete(4))["q_network"]
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    support = torch.linspace(args.v_min, args.v_max, args.n_atoms)
+    support = rainbow.make_support(args, CPU)
     one, two, largest = np.array([1]), np.array([2]), torch.ones(())
     priority = torch.rand(args.batch_size)
 
     def prioritise() -> None:
-        start, probability = priorities.sample(args.batch_size)
-        rainbow.importance_weights(probability, args.beta)
-        priorities.update(start, priority)
+        index, probability = priorities.sample(args.batch_size)
+        rainbow.importance_weights(probability, args.per_beta)
+        priorities.update(index, priority)
 
-    def turn_over() -> None:
+    def refresh() -> None:
         for _ in range(4):  # agent steps per update
-            priorities.turn_over(one, two, largest)
+            priorities.refresh(one, two, largest)
 
     def gather() -> None:
         replay.gather(priorities.sample(args.batch_size)[0])
@@ -121,7 +121,7 @@ def share_of_an_update(capacity: int) -> None:
         losses.mean().backward()
         optimizer.step()
 
-    parts = {"sample, weights, update": prioritise, "4 x turn over": turn_over, "gather": gather, "learn": learn}
+    parts = {"sample, weights, update": prioritise, "4 x refresh": refresh, "gather": gather, "learn": learn}
     medians = alternating_medians(parts, 100)
     update = medians["sample, weights, update"] + medians["gather"] + medians["learn"]
     print(f"\nreplay of {capacity:,} with priorities: {memory / 1e9:.2f} GB\n")
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capacity", type=int, default=1_000_000, help="frames in the replay whose parts are timed")
     args = parser.parse_args()
-    share_of_an_update(args.capacity)  # first: it grows the heap to the size that it has in training
+    fraction_of_an_update(args.capacity)  # first: it grows the heap to the size that it has in training
     sampling_against_capacity(ROOT / "docs" / "rainbow_sampling.png")
 
 

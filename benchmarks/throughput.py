@@ -25,7 +25,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +37,7 @@ import cql_pruned
 import dqn_sparse
 import rainbow_pruned
 import sac_sparse
+from utils.flags import RunFlags
 from utils.masks import apply_masks, prunable
 from utils.replay import Batch
 from utils.runs import choose_device
@@ -63,7 +64,8 @@ def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], N
     args = script.Args(network=network, width=width)
     if script is sac_sparse:
         args.num_critics = 2 if network == "mlp" else 1
-        actor, critic = (net.to(device) for net in script.make_networks(args, 17, 6))
+        networks = script.make_networks(args, Box(-1, 1, (17,)), Box(-1, 1, (6,)))
+        actor, critic = networks["actor"].to(device), networks["critic"].to(device)
         target, zeros = copy.deepcopy(critic), torch.zeros(args.batch_size, device=device)
         observation, action = zeros[:, None].repeat(1, 17), zeros[:, None].repeat(1, 6)
         batch = Batch(observation, action, zeros, zeros, observation)
@@ -78,14 +80,14 @@ def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], N
         return loss, {actor: 2 + 1 + 1, critic: 4 + 2 + 3}
 
     space = Box(0, 255, (4, 84, 84), np.uint8)
-    network = script.make_network(args, space, 4).to(device)
+    network = script.make_networks(args, space, Discrete(4))["q_network"].to(device)
     target, zeros = copy.deepcopy(network), torch.zeros(args.batch_size, device=device)
     blank = torch.zeros(args.batch_size, *space.shape, dtype=torch.uint8, device=device)
     batch = Batch(blank, zeros.long(), zeros, zeros, blank)
     if script is cql_pruned:
         return lambda: script.loss_terms(network, target, batch, None, args)[0].backward(), {network: 4}
     if script is rainbow_pruned:
-        support = torch.linspace(args.v_min, args.v_max, args.n_atoms, device=device)
+        support = script.make_support(args, device)
         return lambda: script.td_loss(network, target, batch, support, args.double)[0].mean().backward(), {network: 4}
     return lambda: script.td_loss(network, target, batch, args.double)[0].backward(), {network: 4}
 
@@ -101,7 +103,7 @@ def update_cost(task: str, width: int, masked: bool, device: torch.device) -> tu
     return counter.get_total_flops(), 4 * sum(weights[network] * (networks[network] + step) for network in networks)
 
 
-def mask_share(task: str, width: int, device: torch.device) -> float:
+def mask_fraction(task: str, width: int, device: torch.device) -> float:
     """Time of applying the masks over that of the rest of an update; the medians of 30, one after the other."""
     loss, networks = loss_of(task, width, device)
     weights = {f"{i}.{name}": weight for i, net in enumerate(networks) for name, weight in prunable(net).items()}
@@ -194,7 +196,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    device = choose_device(True)
+    device = choose_device(RunFlags())
     flops_rate, bandwidth = machine(device)
     print(
         f"matrix product {flops_rate / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s, torch {torch.__version__}\n"
@@ -238,11 +240,11 @@ def main() -> None:
             "ms_per_update": steps_per_update * statistics.median(ms),
         }
         row["steps_per_second"] = sorted(1e3 / value for value in ms)
-        row["limit_ms"] = row["mask_share"] = None
+        row["limit_ms"] = row["mask_fraction"] = None
         if width:
             flops, nbytes = update_cost(task, width, method != "dense", device)
             row["limit_ms"] = 1e3 * (flops / flops_rate + nbytes / bandwidth)
-            row["mask_share"] = mask_share(task, width, device) if method != "dense" else None
+            row["mask_fraction"] = mask_fraction(task, width, device) if method != "dense" else None
         memory = "peak_gpu_memory_gb" if device.type == "cuda" else "memory_gb"
         row["memory_gb"] = max(result[memory] for result in results)
         row["startup_s"] = statistics.median(result["startup_s"] for result in results)
@@ -252,7 +254,7 @@ def main() -> None:
         speed, over = spread(row["steps_per_second"], ",.0f"), spread(row["over_dense"], ".3f")
         limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if width else ""
         print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} | {limit} ", end="")
-        masks = f"{row['mask_share']:.1%}" if row["mask_share"] else ""
+        masks = f"{row['mask_fraction']:.1%}" if row["mask_fraction"] else ""
         print(f"| {masks} | {row['memory_gb']:.2f} | {row['startup_s']:.1f} | {over} |")
     if args.out:
         hardware = {"device": str(device), "flops_per_second": flops_rate, "bytes_per_second": bandwidth}

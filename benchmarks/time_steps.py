@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip", type=int, default=1_400, help="agent steps before the clock starts")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long it runs")
-    parser.add_argument("--multiple", type=int, default=4, help="it stops after a multiple of so many steps")
+    parser.add_argument("--multiple", type=int, default=4, help="the number of timed steps is a multiple of this")
     parser.add_argument("--offline", action="store_true", help="count the updates of a script without environments")
     parser.add_argument("script")
     parser.add_argument("flags", nargs=argparse.REMAINDER)
@@ -69,7 +69,7 @@ def main() -> None:
         setattr(cls, method, counted)
 
     if args.offline:
-        counting(Run, "progress", lambda run: 1)
+        counting(Run, "advance", lambda run: 1)
     else:
         for envs in (AtariVectorEnv, SyncVectorEnv):
             counting(envs, "step", lambda envs: envs.num_envs)
