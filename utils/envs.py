@@ -49,6 +49,13 @@ def atari_game(env_id: str) -> str | None:
 
 def unknown_env(env_id: str) -> str | None:
     """None if `env_id` is known, else what is wrong with it and the nearest ids or what to install, in one line."""
+    module, separator, name = env_id.rpartition(":")
+    if separator:  # module:Env-v0, an environment of one's own
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"cannot import {module!r}: {first_line(error)}"
+        env_id = name
     if env_id.startswith("dm_control/"):
         if not (importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control")):
             return f"{env_id} needs DeepMind Control; {INSTALL_DM_CONTROL}"

@@ -6,7 +6,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import tyro
 
 from utils.envs import EnvironmentFailed
 from utils.flags import ArgsT, Diverged, InputError, fail, first_line, parse_args
@@ -46,68 +48,67 @@ def protect_output() -> None:
         setattr(sys, name, SafeStream(stream))
 
 
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|too large|overflow", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|Storage size calculation overflow", re.IGNORECASE)
 
 
 def launch(main: Callable[[ArgsT], object], args_class: type[ArgsT], preset: Callable[[ArgsT], dict]) -> None:
     """Runs a script as a program: parses the command line, calls `main`, and turns errors into exit codes.
 
-    0 finished, 2 bad input, 128 + number stopped by that signal, 1 anything else. Whatever ends training, the state of
-    the last complete step is saved first if the networks' weights are finite.
+    0 finished, 2 bad input, 128 + n stopped by signal n, 1 anything else. Whatever ends training, its state is saved
+    first, unless the networks' weights are no longer finite; then the last good checkpoint stays.
     """
+    run_program(lambda: main(parse_args(args_class, preset)))
+
+
+def run_command(main: Callable[[Any], object], args_class: type) -> None:
+    """`launch` for the commands in `utils`, such as `python -m utils.plot`."""
+    run_program(lambda: main(tyro.cli(args_class)))
+
+
+def run_program(program: Callable[[], object]) -> None:
     protect_output()
     try:
-        main(parse_args(args_class, preset))
+        program()
+    except KeyboardInterrupt:  # before the runs' own handlers are in place, or after
+        raise SystemExit(130) from None
     except InputError as error:
         fail(str(error))
     except Diverged as error:
-        die(f"training has diverged: {error}{last_checkpoint()}")
+        stop_runs(f"training has diverged: {error}{last_checkpoints()}")
     except EnvironmentFailed as error:
-        die(f"{error}{rescue()}")
-    except KeyboardInterrupt:  # before the run's own handlers are in place, or after
-        raise SystemExit(130) from None
-    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-            crash(error)
-        message = f"does not fit in memory: {first_line(error)}; try a smaller --width, --batch-size or --buffer-size"
-        if Run.open:
-            die(message + rescue())
-        fail(message)
+        save_checkpoints()
+        stop_runs(f"{error}{last_checkpoints()}")
     except Exception as error:
-        crash(error)
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            message = f"not enough memory: {first_line(error)}; try a smaller --width, --batch-size or --buffer-size"
+            if not Run.open:
+                fail(message)
+            save_checkpoints()
+            stop_runs(message + last_checkpoints())
+        save_checkpoints()
+        where = last_checkpoints()
+        print(f"error: {type(error).__name__}: {first_line(error)}{where}; a traceback follows", file=sys.stderr)
+        traceback.print_exception(error)
+        stop_runs()
 
 
-def die(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 1."""
-    close_all()
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-def crash(error: Exception) -> NoReturn:
-    """Ends the program for an error in the code: one line, then its traceback."""
-    message = f"error: {type(error).__name__}: {first_line(error)}{rescue()}"
-    close_all()
-    print(message, file=sys.stderr)
-    traceback.print_exception(error)
-    raise SystemExit(1)
-
-
-def close_all() -> None:
-    for run in list(Run.open):
-        run.close()
-
-
-def rescue() -> str:
-    """Writes the checkpoints of the open runs; where they are, for a message."""
+def save_checkpoints() -> None:
     for run in Run.open:
         with contextlib.suppress(Diverged, OSError, RuntimeError):
             run.checkpoint()
-    return last_checkpoint()
 
 
-def last_checkpoint() -> str:
-    """Where the open runs' checkpoints are, and where nothing is saved, for a message."""
+def last_checkpoints() -> str:
+    """Where the open runs' checkpoints are, if they have any, as the end of a message."""
     paths = [run.folder / "checkpoint.pt" for run in Run.open]
     found = [os.path.relpath(path) for path in paths if path.exists()]
-    return f"; the last good state is in {', '.join(found)}" if found else ""
+    return f"; resume from {', '.join(found)}" if found else ""
+
+
+def stop_runs(message: str = "") -> NoReturn:
+    """Closes the open runs and ends the program with exit code 1."""
+    for run in list(Run.open):
+        run.close()
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
