@@ -40,11 +40,12 @@ from utils.runs import Run, choose_device
 
 @dataclass
 class Args(RunFlags):
-    """Defaults for Atari; CLASSIC_CONTROL replaces some of them for vector observations. `RunFlags` adds flags that
-    change nothing of what is learned: device, logging, checkpoints, evaluation."""
+    """Defaults for Atari; MINATAR and CLASSIC_CONTROL replace some of them for other environments. `RunFlags` adds
+    flags that change nothing of what is learned: device, logging, checkpoints, evaluation."""
 
     env_id: str = "ALE/Breakout-v5"
-    """an Atari game (ALE/Pong-v5), or any Gymnasium id with vector observations and discrete actions (CartPole-v1)"""
+    """an Atari game (ALE/Pong-v5), a MinAtar game (MinAtar/Breakout-v0), or any Gymnasium id with discrete actions and
+    vectors as observations (CartPole-v1)"""
     seed: Seed = 1
     """seed of networks, masks, environments and exploration"""
     total_timesteps: Annotated[PositiveInt, Above("learning_starts")] = 10_000_000
@@ -54,7 +55,7 @@ class Args(RunFlags):
 
     # Network and optimisation (Dopamine's dqn.gin)
     network: Literal["impala", "nature"] = "impala"
-    """network for images: the 15-layer Impala ResNet, or the CNN of Mnih et al. (2015); vectors get an MLP"""
+    """network for Atari: the 15-layer Impala ResNet, or the CNN of Mnih et al. (2015)"""
     learning_rate: PositiveFloat = 6.25e-5
     """learning rate of Adam"""
     adam_eps: PositiveFloat = 1.5e-4
@@ -125,6 +126,20 @@ class Args(RunFlags):
     """rigl, set: initial fraction of a layer's connections that a mask update replaces; cosine-annealed to 0"""
 
 
+# Defaults for MinAtar (explicit flags win), mostly those of Obando-Ceron & Castro (2021), Revisiting Rainbow.
+MINATAR = {
+    "total_timesteps": 1_000_000,
+    "learning_rate": 2.5e-4,
+    "adam_eps": 3.125e-4,
+    "buffer_size": 100_000,
+    "learning_starts": 5_000,
+    "target_network_frequency": 1_000,
+    "end_e": 0.1,
+    "exploration_steps": 100_000,
+    "eval_episodes": 100,
+    "clip_rewards": False,
+}
+
 # Defaults for vector observations (explicit flags win).
 CLASSIC_CONTROL = {
     "eval_episodes": 20,
@@ -192,6 +207,18 @@ class ImpalaCNN(nn.Module):
         return F.relu(x).flatten(1)
 
 
+class MinAtarCNN(nn.Module):
+    """Young & Tian (2019), for the 10 x 10 images of MinAtar: 1,024 x width features."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16 * width, 3, bias=bias)
+        self.features = 8 * 8 * 16 * width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, 10, 10) of zeros and ones -> (B, features)
+        return F.relu(self.conv(x.float())).flatten(1)
+
+
 class MLP(nn.Module):
     """One hidden layer, and the head has another: as for classic control in Dopamine."""
 
@@ -231,10 +258,14 @@ def init_weights(module: nn.Module) -> None:
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete) -> dict[str, nn.Module]:
     """The networks that model.pt holds, by name."""
-    is_image = len(obs_space.shape) == 3
-    torso = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network] if is_image else MLP
-    torso = torso(obs_space.shape[0], args.width, args.bias)
-    head = Head(torso.features, 512 if is_image else 512 * args.width, int(action_space.n), args.bias)
+    inputs = obs_space.shape[0]
+    if len(obs_space.shape) == 1:
+        torso, hidden = MLP(inputs, args.width, args.bias), 512 * args.width
+    elif obs_space.shape[1:] == (10, 10):
+        torso, hidden = MinAtarCNN(inputs, args.width, args.bias), 128 * args.width
+    else:
+        torso, hidden = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network](inputs, args.width, args.bias), 512
+    head = Head(torso.features, hidden, int(action_space.n), args.bias)
     q_network = nn.Sequential(OrderedDict(torso=torso, head=head)).apply(init_weights)
     if isinstance(torso, ImpalaCNN):
         q_network = q_network.to(memory_format=torch.channels_last)  # faster for this network alone
@@ -361,8 +392,8 @@ def main(args: Args) -> np.ndarray:
     envs = open_envs(args, gym.spaces.Discrete)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     n_actions = int(action_space.n)
-    if device.type == "cpu" and len(obs_space.shape) == 3:
-        print("images need a GPU; for a task of minutes on a CPU: python dqn_sparse.py --env-id CartPole-v1")
+    if device.type == "cpu" and atari_game(args.env_id):
+        print("Atari needs a GPU; for a task of minutes on a CPU: python dqn_sparse.py --env-id CartPole-v1")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = make_networks(args, obs_space, action_space)
@@ -487,6 +518,8 @@ def main(args: Args) -> np.ndarray:
 
 def preset(args: Args) -> dict:
     """Values that replace defaults for these flags."""
+    if args.env_id.startswith("MinAtar/"):
+        return MINATAR
     return CLASSIC_CONTROL if atari_game(args.env_id) is None else {}
 
 

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def atari_game(env_id: str) -> str | None:
     return next(filter(None, match.groups())) if match else None
 
 
+def is_minatar(env_id: str) -> bool:
+    """Whether it is a game of MinAtar (Young & Tian 2019): images of 10 x 10 with a binary channel for each object."""
+    return env_id.startswith("MinAtar/")
+
+
 def unknown_env(env_id: str) -> str | None:
     """None if `env_id` is known, else what is wrong with it and the nearest ids or what to install, in one line."""
     module, separator, name = env_id.rpartition(":")
@@ -60,12 +66,22 @@ def unknown_env(env_id: str) -> str | None:
         if not (importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control")):
             return f"{env_id} needs DeepMind Control; {INSTALL_DM_CONTROL}"
         importlib.import_module("shimmy")  # registers the ids
+    if is_minatar(env_id):
+        if not importlib.util.find_spec("minatar"):
+            return f"{env_id} needs MinAtar; pip install minatar"
+        register_minatar()
     game = atari_game(env_id)
     wanted = f"ALE/{game}-v5" if game else env_id
     if wanted in gym.registry:
         return None
     near = difflib.get_close_matches(wanted, gym.registry, n=3)
     return f"no environment {env_id!r} is installed" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def register_minatar() -> None:
+    """Registers the games; at import, as other packages do, works only with older versions of Gymnasium."""
+    if "MinAtar/Breakout-v0" not in gym.registry:
+        importlib.import_module("minatar.gym").register_envs()
 
 
 def cannot_render(env_id: str) -> str | None:
@@ -80,6 +96,24 @@ def cannot_render(env_id: str) -> str | None:
         return f"{env_id} cannot be drawn here ({first_line(error)}); {hint}"
 
 
+class MinAtarImages(gym.ObservationWrapper):
+    """Observations as uint8 images (channels, 10, 10) of zeros and ones; pictures for videos enlarged."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        height, width, channels = env.observation_space.shape
+        self.observation_space = gym.spaces.Box(0, 1, (channels, height, width), np.uint8)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return observation.transpose(2, 0, 1).astype(np.uint8)
+
+    def render(self) -> np.ndarray:
+        picture = np.asarray(self.env.render())
+        scale = max(1, 320 // picture.shape[0])
+        picture = picture if picture.dtype == np.uint8 else (255 * picture).astype(np.uint8)
+        return picture.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
 def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:
     """One environment that is not Atari; a dictionary of observations becomes a vector, and bounded continuous actions
     are scaled to [-1, 1].
@@ -90,7 +124,13 @@ def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = Non
     """
     if env_id.startswith("dm_control/"):
         importlib.import_module("shimmy")  # registers the ids
-    env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+    if is_minatar(env_id):
+        register_minatar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # MinAtar's v0 has more actions than its v1, not less use
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+    if is_minatar(env_id):
+        env = MinAtarImages(env)
     if video_folder:
         env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
@@ -197,10 +237,12 @@ def open_envs(args: RunFlags, action_space: type[gym.Space]) -> VectorEnv:
     except Exception as error:  # of whatever library the environment needs
         fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space
-    fits = isinstance(actions, action_space) and (isinstance(actions, gym.spaces.Discrete) or actions.is_bounded())
-    if not fits or not isinstance(space, gym.spaces.Box) or len(space.shape) not in (1, 3):
-        kind = "discrete actions" if action_space is gym.spaces.Discrete else "bounded continuous actions"
-        fail(f"--env-id: expected {kind} and vectors or images as observations, got {actions} and {space}")
+    discrete = action_space is gym.spaces.Discrete
+    actions_fit = isinstance(actions, action_space) and (discrete or actions.is_bounded())
+    is_game = atari_game(args.env_id) or is_minatar(args.env_id)
+    if not actions_fit or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not is_game):
+        kind = "discrete actions" if discrete else "bounded continuous actions"
+        fail(f"--env-id: expected {kind} and vectors (or a game) as observations, got {actions} and {space}")
     problem = cannot_render(args.env_id) if args.capture_video else None
     if problem:
         fail(f"--capture-video: {problem}")
