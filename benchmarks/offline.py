@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.offline_replay import OfflineReplay
+
 from cql_pruned import Args, loss_terms, make_network
 from utils.envs import STACK, make_envs
-from utils.offline import read_dataset
-from utils.offline_replay import OfflineReplay
+from utils.offline.read import read_dataset
 from utils.runs import choose_device, median_seconds
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,10 +3,11 @@
     python -m utils.compare "runs/*" --out docs/comparison
 
 The table goes to stdout as markdown, the figure to a PNG and a PDF. A run's score is the mean return of the episodes
-that ended in its last tenth, exploration included, as the papers report it; runs without an end are left out. The
-table has the interquartile mean over runs with its 95 % bootstrap interval. Atari games are taken together,
-human-normalised, runs resampled within games; any other environment has a table and a panel of its own, and so has
-each script.
+that ended in its last tenth, exploration included, as the value-based papers report it; with --evaluations, that of the
+evaluations in its last tenth, as the continuous-control papers do. Runs that are not finished are left out. The table
+has the interquartile mean over runs with its 95 % bootstrap interval. Atari games are taken together, human-normalised,
+runs resampled within games; any other environment has a table and a panel of its own. Scripts, forks among them, share
+the table of their environment.
 """
 
 from collections.abc import Sequence
@@ -14,19 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from utils.results import (
+from utils.analysis.results import (
+    RUNNING_FLAGS,
     Cost,
     Estimate,
     LoggedRun,
     cost,
-    fail,
     find_runs,
     group_runs,
     human_normalised,
@@ -34,9 +32,13 @@ from utils.results import (
     load_model,
     save_figure,
     summarise,
-    training_seconds,
     warn,
+    warn_of_mixed_flags,
 )
+from utils.curves import styled
+from utils.flags import fail
+from utils.launch import run_command
+from utils.records import training_seconds
 
 STYLES = {  # of each method, colours of Okabe and Ito (2008); in this order
     "dense": ("#000000", "o"),
@@ -45,11 +47,8 @@ STYLES = {  # of each method, colours of Okabe and Ito (2008); in this order
     "set": ("#E69F00", "v"),
     "rigl": ("#009E73", "D"),
 }
-OTHER = ("#CC79A7", "P")  # one that you added
-# Flags in which runs may differ and still be of one kind, or that the kind itself says
-NOT_COMPARED = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-NOT_COMPARED |= {"resume", "save_dataset", "eval_episodes", "eval_epsilon", "capture_video", "total_timesteps"}
-NOT_COMPARED |= {"cuda_graph", "diagnostics_every", "mask_seed", "sparsity", "actor_sparsity", "critic_sparsity"}
+OTHER = ("#CC79A7", "P")  # a method of a fork
+SPARSITIES = {"sparsity", "actor_sparsity", "critic_sparsity"}
 
 
 @dataclass
@@ -57,25 +56,37 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """folders of runs, or patterns of them in quotes"""
     out: Path = Path("comparison")
-    """where to write the figure, without .png and .pdf"""
+    """path of the figure, without .png and .pdf"""
+    evaluations: bool = False
+    """score runs by their evaluations (--eval-every) instead of their training episodes"""
+
+
+class Kind(NamedTuple):
+    """What runs of one row have in common."""
+
+    width: int
+    script: str
+    method: str
+    sparsity: str
+
+    def order(self) -> tuple:
+        """By width, then script, then method as in STYLES and others after them, then sparsity."""
+        return self.width, self.script, [*STYLES, self.method].index(self.method), self.method, self.sparsity
+
+    def label(self, several_scripts: bool) -> str:
+        method = self.method if self.method == "dense" else f"{self.method} {self.sparsity}"
+        return f"{self.script}: {method}" if several_scripts else method
 
 
 class Row(NamedTuple):
-    """The runs of one kind: of one width, method and final sparsity."""
+    """The results of the runs of one kind."""
 
-    width: int
-    method: str
-    sparsity: str
+    kind: Kind
     runs: int
     score: Estimate
     better: Estimate | None  # the probability that a run beats a dense one of this width
     cost: Cost | None
     minutes: float
-
-
-def order(width: int, method: str, sparsity: str) -> tuple:
-    """For sorting: by width, then the methods as in STYLES and others after them, then sparsity."""
-    return width, [*STYLES, method].index(method), method, sparsity
 
 
 def sparsity_of(args: dict) -> str:
@@ -86,27 +97,25 @@ def sparsity_of(args: dict) -> str:
     return " / ".join(dict.fromkeys(f"{args['sparsity'] if value is None else value:g}" for value in own))
 
 
-def kinds_of(runs: Sequence[LoggedRun]) -> dict[tuple[int, str, str], list[LoggedRun]]:
-    """The runs by width, method and final sparsity, in this order."""
-    kinds: dict[tuple, list[LoggedRun]] = {}
+def kinds_of(runs: Sequence[LoggedRun]) -> dict[Kind, list[LoggedRun]]:
+    """The runs by kind, in order."""
+    kinds: dict[Kind, list[LoggedRun]] = {}
     for run in runs:
-        kinds.setdefault((run.args["width"], run.args["method"], sparsity_of(run.args)), []).append(run)
-    return dict(sorted(kinds.items(), key=lambda item: order(*item[0])))
-
-
-def label_of(method: str, sparsity: str) -> str:
-    return method if method == "dense" else f"{method} {sparsity}"
+        script = run.args["script"] or "?"
+        kind = Kind(run.args["width"], script, run.args["method"], sparsity_of(run.args))
+        kinds.setdefault(kind, []).append(run)
+    return dict(sorted(kinds.items(), key=lambda item: item[0].order()))
 
 
 def games_of(runs: Sequence[LoggedRun]) -> list[str]:
     return sorted({run.args["env_id"] for run in runs})
 
 
-def scores_of(runs: Sequence[LoggedRun]) -> list[np.ndarray]:
+def scores_of(runs: Sequence[LoggedRun], evaluations: bool) -> list[np.ndarray]:
     """One array (runs,) for each environment: final scores, human-normalised where they can be."""
     scores = []
     for (env_id,), members in group_runs(runs, ["env_id"]).items():
-        raw = np.array([run.final_score() for run in members])
+        raw = np.array([run.final_score(evaluations) for run in members])
         normalised = human_normalised(raw, env_id)
         scores.append(raw if normalised is None else normalised)
     return scores
@@ -116,127 +125,141 @@ def cost_of(run: LoggedRun) -> Cost | None:
     try:
         return cost(load_model(run.folder))
     except ValueError as error:
-        warn(f"{run.folder}: {error}; its cost is not known")
+        warn(f"{run.folder} {error}; its cost is unknown")
         return None
 
 
-def rows_of(runs: Sequence[LoggedRun]) -> list[Row]:
+def dense_runs(kind: Kind, kinds: dict[Kind, list[LoggedRun]]) -> list[LoggedRun] | None:
+    """The dense runs of this kind's width: its script's own, or those of the only script that has any."""
+    found = {
+        other.script: runs for other, runs in kinds.items() if (other.width, other.method) == (kind.width, "dense")
+    }
+    return found.get(kind.script) or (next(iter(found.values())) if len(found) == 1 else None)
+
+
+def rows_of(runs: Sequence[LoggedRun], evaluations: bool = False) -> list[Row]:
     """The rows of one table, by width, dense first."""
     kinds, rows = kinds_of(runs), []
-    for (width, method, sparsity), group in kinds.items():
-        dense = kinds.get((width, "dense", "0"))
+    for kind, group in kinds.items():
+        dense = dense_runs(kind, kinds)
         better = None
-        if dense and method != "dense" and games_of(dense) == games_of(group):
-            better = improvement(scores_of(group), scores_of(dense))
+        if dense and kind.method != "dense" and games_of(dense) == games_of(group):
+            better = improvement(scores_of(group, evaluations), scores_of(dense, evaluations))
         minutes = float(np.median([training_seconds(run.folder) for run in group])) / 60
-        score, needs = summarise(scores_of(group)), next(filter(None, map(cost_of, group)), None)
-        rows.append(Row(width, method, sparsity, len(group), score, better, needs, minutes))
+        score, needs = summarise(scores_of(group, evaluations)), next(filter(None, map(cost_of, group)), None)
+        rows.append(Row(kind, len(group), score, better, needs, minutes))
     return rows
 
 
 def markdown(rows: Sequence[Row], score_name: str) -> str:
     """The table."""
+    several_scripts = len({row.kind.script for row in rows}) > 1
     lines = [
-        f"| width | method | sparsity | runs | {score_name} | P(beats dense) | parameters kept | MFLOPs | minutes |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        f"| width | method | runs | {score_name} | P(beats dense) | active weights | MFLOPs | minutes |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         score = f"{row.score.value:.3g} [{row.score.low:.3g}, {row.score.high:.3g}]"
         better = f"{row.better.value:.2f} [{row.better.low:.2f}, {row.better.high:.2f}]" if row.better else ""
-        kept = f"{row.cost.kept:,} of {row.cost.total:,}" if row.cost else ""
+        weights = f"{row.cost.active:,} of {row.cost.total:,}" if row.cost else ""
         flops = f"{row.cost.flops / 1e6:.3g}" if row.cost else ""
-        cells = (row.width, row.method, row.sparsity, row.runs, score, better, kept, flops, f"{row.minutes:.1f}")
+        method = row.kind.label(several_scripts)
+        cells = (row.kind.width, method, row.runs, score, better, weights, flops, f"{row.minutes:.1f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> None:
-    """Score against width, with its interval, a line for each method and sparsity."""
-    lines = sorted({(row.method, row.sparsity) for row in rows}, key=lambda line: order(0, *line))
-    widths = sorted({row.width for row in rows})
-    highest = max(row.sparsity for row in rows)  # has filled marks
-    for number, (name, sparsity) in enumerate(lines):
-        color, marker = STYLES.get(name, OTHER)
-        own = [row for row in rows if row.method == name and row.sparsity == sparsity]
-        x = [widths.index(row.width) + 0.06 * (number - (len(lines) - 1) / 2) for row in own]  # side by side
+    """Score against width, with its interval, a line for each script, method and sparsity."""
+    lines = list(
+        dict.fromkeys(row.kind._replace(width=0) for row in sorted(rows, key=lambda row: row.kind.order()[1:]))
+    )
+    widths = sorted({row.kind.width for row in rows})
+    scripts = sorted({line.script for line in lines})
+    for number, line in enumerate(lines):
+        color, marker = STYLES.get(line.method, OTHER)
+        same_method = [other for other in lines if other.method == line.method and other.script == line.script]
+        own = [row for row in rows if row.kind._replace(width=0) == line]
+        offset = 0.4 / len(lines) * (number - (len(lines) - 1) / 2)  # side by side
         middle, low, high = np.array([row.score for row in own]).T
         axes.errorbar(
-            x,
+            [widths.index(row.kind.width) + offset for row in own],
             middle,
             yerr=np.maximum([middle - low, high - middle], 0),
             color=color,
             marker=marker,
             capsize=3,
-            linestyle="--" if name == "dense" else "-",
-            markerfacecolor=None if sparsity in ("0", highest) else "white",
-            label=label_of(name, sparsity),
+            linestyle=("-", "--", ":", "-.")[scripts.index(line.script) % 4],
+            markerfacecolor=color if line == same_method[-1] else "white",  # filled: its highest sparsity
+            label=line.label(len(scripts) > 1),
         )
     axes.set_xticks(range(len(widths)), [f"{width}" for width in widths])
+    axes.set_xlim(-0.5, len(widths) - 0.5)
     axes.set(title=title, xlabel="width", ylabel=score_name)
     axes.legend(fontsize="small")
 
 
-def comparable(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
-    """The runs that reached their end and say what a comparison asks; names the others."""
-    kept = []
+def comparable(runs: Sequence[LoggedRun], evaluations: bool) -> list[LoggedRun]:
+    """The finished runs whose flags say what a comparison needs; names the others."""
+    found = []
     for run in runs:
-        if not {"env_id", "method", "width", "sparsity"} <= run.args.keys():
-            warn(f"{run.folder}: its flags do not say method, width and sparsity; left out")
+        flags = [run.args.get(name) for name in ("width", "method", "sparsity")]
+        if not (isinstance(flags[0], int) and isinstance(flags[1], str) and isinstance(flags[2], int | float)):
+            warn(f"{run.folder}: its flags do not say width, method and sparsity; left out")
         elif not run.finished:
             warn(f"{run.folder} is not finished; left out")
-        elif np.isnan(run.final_score()):
-            warn(f"{run.folder}: no episode ended in the last tenth of the run; left out")
+        elif np.isnan(run.final_score(evaluations)):
+            warn(
+                f"{run.folder}: no {'evaluation' if evaluations else 'episode'} in the last tenth of the run; left out"
+            )
         else:
-            kept.append(run)
-    if not kept:
+            found.append(run)
+    if not found:
         fail("none of these runs can be compared")
-    return kept
+    return found
 
 
-@plt.style.context(Path(__file__).with_name("style.mplstyle"))
+def in_words(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+@styled
 def main(args: Args) -> dict[str, list[Row]]:
     """Prints the tables, writes the figure, and returns the rows of each table by its title."""
     tables: dict[str, list[LoggedRun]] = {}
-    for run in comparable(find_runs(args.runs)):
-        game = human_normalised(0.0, run.args["env_id"]) is not None
-        task = "Atari" if game else run.args["env_id"]
-        tables.setdefault(f"{task}, {run.args['script']}" if run.args["script"] else task, []).append(run)
-    if len(tables) > 1:
-        warn(f"runs of {'; '.join(tables)}: one table for each")
+    for run in comparable(find_runs(args.runs), args.evaluations):
+        task = "Atari" if human_normalised(0.0, run.args["env_id"]) is not None else run.args["env_id"]
+        tables.setdefault(f"{task}, offline" if run.offline else task, []).append(run)
     figure, panels = plt.subplots(1, len(tables), figsize=(6.5 * len(tables), 4), squeeze=False)
     results = {}
     for axes, (name, runs) in zip(panels[0], tables.items()):
         games = games_of(runs)
         totals = sorted({run.total_steps for run in runs})
         if len(totals) > 1:
-            warn(
-                f"{name}: runs of different lengths ({', '.join(f'{total:,}' for total in totals)} steps) side by side"
-            )
-        for (width, method, sparsity), group in kinds_of(runs).items():
-            which = f"{name}: {label_of(method, sparsity)} at width {width}"
+            steps = ", ".join(f"{total:,}" for total in totals)
+            warn(f"{name}: runs of different lengths ({steps} steps) side by side")
+        for kind, group in kinds_of(runs).items():
+            which = f"{name}: {kind.label(True)} at width {kind.width}"
             if games_of(group) != games:
                 warn(f"{which} lacks games that others have")
             if len({(run.args["env_id"], run.args["seed"]) for run in group}) < len(group):
-                warn(f"{which}: a seed is there more than once, and counts as often")
-            first = group[0].args
-            differing = {flag for run in group for flag in run.args | first if run.args.get(flag) != first.get(flag)}
-            if differing - NOT_COMPARED:
-                warn(f"{which}: runs that differ in {', '.join(sorted(differing - NOT_COMPARED))} are taken together")
+                warn(f"{which}: some seeds occur more than once, and each run counts")
+            warn_of_mixed_flags(which, group, RUNNING_FLAGS | SPARSITIES)
         atari = name.startswith("Atari")
         title = f"{name}: {', '.join(games)}" if atari else name
         score_name = "human-normalised IQM" if atari else "IQM of final return"
-        results[title] = rows_of(runs)
+        results[title] = rows_of(runs, args.evaluations)
         counts = sorted({row.runs for row in results[title]})
-        seeds = f"{counts[0]} runs each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"
-        print(f"{title}, {seeds}, {' or '.join(f'{total:,}' for total in totals)} steps\n")
+        each = f"{in_words(counts[-1], 'run')} each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"
+        print(f"{title}, {each}, {' or '.join(f'{total:,}' for total in totals)} steps\n")
         print(markdown(results[title], score_name) + "\n")
-        draw(axes, results[title], f"{title} ({seeds})", score_name)
-    print("MFLOPs: forward pass of one observation, two for each kept weight at each place where it is applied")
-    print("minutes: wall-clock of a run, median; it tells methods apart only where runs had the machine alike")
+        draw(axes, results[title], f"{title} ({each})", score_name)
+    print("MFLOPs: forward pass of one observation, two for each active weight at each place where it is applied")
+    print("minutes: median wall-clock of training; comparable only between runs that had the machine to themselves")
     save_figure(figure, args.out)
     plt.close(figure)
     return results
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run_command(main, Args)

@@ -269,6 +269,7 @@ def stack_size(env_id: str) -> int:
 Policy = Callable[[np.ndarray, Sequence[np.random.Generator]], np.ndarray]
 """Maps observations (n, *observation shape) and a random number generator for each row to n actions."""
 
+EVALUATION_SEED = 1_000_000  # added to --seed: evaluations play other episodes than training
 EVALUATION_ROWS = 8  # episodes that are played side by side
 
 

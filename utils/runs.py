@@ -27,11 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.checkpoints import all_finite, load_checkpoint, load_state, save_atomically, state_of, write_atomically
-from utils.envs import Policy, evaluate
+from utils.envs import EVALUATION_SEED, Policy, evaluate
 from utils.flags import Diverged, RunFlags, fail, first_line
 from utils.masks import active_count, sparsity_scalars
 
-EVALUATION_SEED = 1_000_000  # added to --seed: evaluations play other episodes than training
 REPEATED_SIGNAL = 2.0  # seconds in which a second signal is taken for an echo of the first
 CSV_HEADERS = {
     "episodes.csv": "step,return,length",

@@ -39,21 +39,11 @@ def mean(scores: Scores) -> np.ndarray:
     return np.mean([task.mean(-1) for task in by_task(scores)], axis=0)
 
 
-def median(scores: Scores) -> np.ndarray:
-    """Median over tasks of the mean over runs."""
-    return np.median([task.mean(-1) for task in by_task(scores)], axis=0)
-
-
 def iqm(scores: Scores) -> np.ndarray:
     """Interquartile mean: of the n scores of all runs and tasks, the mean without the floor(n / 4) at either end."""
     flat = np.sort(np.concatenate(by_task(scores), axis=-1))
     cut = flat.shape[-1] // 4
     return flat[..., cut : flat.shape[-1] - cut].mean(-1)
-
-
-def optimality_gap(scores: Scores, gamma: float = 1.0) -> np.ndarray:
-    """By how much the runs fall short of `gamma`: scores above it count as `gamma`. Lower is better."""
-    return gamma - np.minimum(np.concatenate(by_task(scores), axis=-1), gamma).mean(-1)
 
 
 def probability_of_improvement(x: Scores, y: Scores) -> np.ndarray:
@@ -67,12 +57,6 @@ def probability_of_improvement(x: Scores, y: Scores) -> np.ndarray:
         raise ValueError(f"{len(x)} tasks against {len(y)}")
     pairs = [(a[..., :, None], b[..., None, :]) for a, b in zip(x, y)]
     return np.mean([((a > b) + 0.5 * (a == b)).mean((-2, -1)) for a, b in pairs], axis=0)
-
-
-def performance_profile(scores: Scores, thresholds: Sequence[float]) -> np.ndarray:
-    """Share of all runs on all tasks that score above each threshold: (..., thresholds)."""
-    flat = np.concatenate(by_task(scores), axis=-1)
-    return (flat[..., None, :] > np.asarray(thresholds)[:, None]).mean(-1)
 
 
 def bootstrap(

@@ -1,21 +1,22 @@
-"""Replay of a fixed set of experience: its n-step transitions, drawn uniformly."""
+"""Replay of a fixed dataset: its n-step transitions, drawn uniformly."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from utils.flags import InputError
 from utils.replay import Batch, storage_device
 
 TRANSITION_BYTES = 8 + 8 + 4 + 4 + 8  # row, next row, reward, discount, action
 
 
-class DatasetError(Exception):
-    """A set that cannot be used. The message is one line that names the file."""
+class DatasetError(InputError):
+    """A dataset that cannot be used. The message is one line that names the file."""
 
 
 class Rows(NamedTuple):
-    """R steps in the order in which they were made, memory-mapped if they come from files."""
+    """R steps in the order in which they were played, memory-mapped if they come from files."""
 
     observation: np.ndarray  # (R, *shape of a frame, or of the vector)
     action: np.ndarray  # (R,) integers
@@ -26,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """Every transition that a set holds, V of them; the names are those of `utils.replay.Batch`."""
+    """All V transitions of a dataset; the names are those of `utils.replay.Batch`."""
 
     row: np.ndarray  # (V,) int64, of the newest frame of the observation
     next_row: np.ndarray  # (V,) int64, of the next observation, or of the game over
@@ -35,10 +36,10 @@ class Transitions(NamedTuple):
 
 
 def find_transitions(rows: Rows, stack: int, n_step: int, gamma: float) -> Transitions:
-    """The n-step transitions of a set, by Dopamine's rule: no episode ends among the stack's older frames.
+    """The n-step transitions of a dataset, by Dopamine's rule: no episode ends among the stack's older frames.
 
-    An episode that was truncated, and the end of a block, have no stored observation behind them: windows that reach
-    it are shorter and bootstrap from the last one that is there.
+    No observation is stored after the end of a truncated episode or of a block: windows that reach it are shorter, and
+    bootstrap from the last observation that is stored.
     """
     end = rows.terminal.astype(bool)
     terminal = end & ~rows.truncation.astype(bool)
@@ -66,7 +67,7 @@ def find_transitions(rows: Rows, stack: int, n_step: int, gamma: float) -> Trans
 
 
 class OfflineReplay:
-    """A fixed set of n-step transitions, on the training device if it fits there, else memory-mapped.
+    """A fixed dataset of n-step transitions, on the training device if it fits there, else memory-mapped.
 
     Every transition is drawn with the same probability. `sample` never makes the host wait for a GPU. With the frames
     left to the disk's cache, the host gathers the next batch while the GPU still works on this one.

@@ -1,4 +1,4 @@
-"""Logging experience in the layout of the DQN Replay Dataset (Agarwal et al. 2020), for offline RL."""
+"""Logging experience for offline RL, in the layout of the DQN Replay Dataset (Agarwal et al. 2020)."""
 
 import contextlib
 import errno
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv, VectorWrapper
 
-from utils.offline import chunks_in, layout_of, store_path
+from utils.offline.read import chunks_in, layout_of, store_path
 
 
 class Store:
     """An `.npy` array inside a `.gz`, growing by rows, that can be read at any time.
 
-    A gzip file may have several members. The first holds the npy header, uncompressed and so always equally long: it is
-    written anew, in place, after the rows that it counts.
+    A gzip file may have several members. The first holds the npy header, uncompressed and thus always of the same
+    length: it is overwritten in place after the rows that it counts.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -46,13 +47,13 @@ class Store:
 
 
 class DatasetWriter:
-    """Writes `$store$_<name>_ckpt.<k>.gz` and `add_count_ckpt.<k>.gz`, chunk after chunk, while a run goes on.
+    """Writes `$store$_<name>_ckpt.<k>.gz` and `add_count_ckpt.<k>.gz`, chunk after chunk, during a run.
 
-    A row is one transition: the newest frame of the observation, action, reward, terminal. As in the published set,
-    `stack` - 1 rows of zeros stand before each episode, and a time-out is a terminal like any other; one store more,
-    `truncation`, tells the time-outs. A chunk holds one environment's rows in order, so that several environments
-    fill several chunks side by side. Every `flush_every` rows a chunk is brought up to date on the disk. When the disk
-    is full the set ends there, with a warning, and the run goes on.
+    A row is one transition: the newest frame of the observation, action, reward, terminal. As in the published dataset,
+    `stack` - 1 rows of zeros precede each episode, and a time-out is a terminal like any other; one more store,
+    `truncation`, tells the time-outs apart. A chunk holds one environment's rows in order, so that several environments
+    fill several chunks side by side. Every `flush_every` rows a chunk is brought up to date on the disk. A full disk
+    ends the dataset with a warning, and not the run.
     """
 
     def __init__(
@@ -61,27 +62,29 @@ class DatasetWriter:
         num_envs: int,
         space: Box,
         stack: int,
-        env_id: str | None = None,
+        env_id: str,
         append: bool = False,
         chunk_rows: int = 1_000_000,
         flush_every: int = 1_000,
     ) -> None:
-        """Makes the folder; files come with the first rows.
+        """Makes the folder and claims it with `dataset.json`; the other files come with the first rows.
 
         Args:
             space: of one observation.
             stack: frames in its first dimension, the newest last; 1 for vectors.
-            env_id: kept in `dataset.json`, so that a reader knows where to play.
-            append: add chunks behind those that are in the folder.
+            env_id: written to `dataset.json`, so that a reader knows where to evaluate.
+            append: add chunks to those in the folder, as a resumed run does.
 
         Raises:
-            OSError: the folder cannot be written, or holds something and `append` is off.
+            OSError: the folder cannot be written, or is not empty and `append` is off.
         """
         self.folder, self.stack, self.chunk_rows, self.flush_every = Path(folder), stack, chunk_rows, flush_every
         self.folder.mkdir(parents=True, exist_ok=True)
         if not append and any(self.folder.iterdir()):
             raise FileExistsError(errno.ENOTEMPTY, "it is not empty", folder)
-        self.env_id = env_id
+        if not (append and (self.folder / "dataset.json").exists()):
+            with (self.folder / "dataset.json").open("x") as file:  # of two runs that start at once, one succeeds
+                file.write(json.dumps({"env_id": env_id}) + "\n")
         self.layout = layout_of(space, stack)
         self.next_chunk = max(chunks_in(self.folder), default=-1) + 1
         self.chunks: dict[int, tuple[int, dict[str, Store]]] = {}  # each environment's, from its first rows on
@@ -91,8 +94,6 @@ class DatasetWriter:
         self.begins = np.ones(num_envs, dtype=bool)
 
     def _new_chunk(self) -> tuple[int, dict[str, Store]]:
-        if self.env_id:
-            (self.folder / "dataset.json").write_text(json.dumps({"env_id": self.env_id}) + "\n")
         k, self.next_chunk = self.next_chunk, self.next_chunk + 1
         stores = {n: Store(store_path(self.folder, n, k), *self.layout[n]) for n in self.layout}
         return k, stores
@@ -105,7 +106,7 @@ class DatasetWriter:
         terminated: np.ndarray,
         truncated: np.ndarray,
     ) -> None:
-        """Logs one step of all environments; the one after an end, which only resets its environment, is passed over.
+        """Logs one step of all environments; the step after an episode's end, which only resets, is skipped.
 
         Args:
             observation: (num_envs, *observation shape).
@@ -121,6 +122,11 @@ class DatasetWriter:
                 self._flush(i)
         self.begins |= self.just_ended
         self.just_ended = terminated | truncated
+
+    def end_episodes(self) -> None:
+        """The environments are reset from outside: the rows that follow belong to new episodes."""
+        self.just_ended[:] = False
+        self.begins[:] = True
 
     def _flush(self, i: int) -> None:
         try:
@@ -159,6 +165,38 @@ class DatasetWriter:
             self._flush(i)
         for i in list(self.chunks):
             self._close_chunk(i)
+
+
+class LogDataset(VectorWrapper):
+    """Vector environments (NEXT_STEP autoreset) whose transitions are logged by a `DatasetWriter` as they pass."""
+
+    def __init__(
+        self, envs: VectorEnv, folder: str, stack: int, env_id: str, clip_rewards: bool, append: bool = False
+    ) -> None:
+        """
+        Args:
+            clip_rewards: log rewards clipped to [-1, 1]; what `step` returns is never clipped.
+            folder, stack, env_id, append: see `DatasetWriter`, which also raises the same errors.
+        """
+        super().__init__(envs)
+        self.writer = DatasetWriter(folder, envs.num_envs, envs.single_observation_space, stack, env_id, append)
+        self.clip_rewards = clip_rewards
+
+    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
+        self.observation, infos = self.env.reset(**kwargs)
+        self.writer.end_episodes()
+        return self.observation, infos
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        before = self.observation.copy()
+        self.observation, reward, terminated, truncated, infos = self.env.step(actions)
+        logged = np.clip(reward, -1, 1) if self.clip_rewards else reward
+        self.writer.add(before, actions, logged, terminated, truncated)
+        return self.observation, reward, terminated, truncated, infos
+
+    def close(self, **kwargs) -> None:
+        self.writer.close()
+        self.env.close(**kwargs)
 
 
 def save_gz(path: Path, array: np.ndarray) -> None:

@@ -1,19 +1,23 @@
-"""Logged experience for offline RL: the DQN Replay Dataset (Agarwal et al. 2020), sets in its layout, Minari's sets.
+"""Reading logged experience: the DQN Replay Dataset (Agarwal et al. 2020), datasets in its layout, Minari's datasets.
 
-A set in that layout is a folder of chunks `k`. Each has gzip'd npy stores `$store$_<name>_ckpt.<k>.gz`, one row per
+A dataset in that layout is a folder of chunks `k`. Each has gzip'd npy stores `$store$_<name>_ckpt.<k>.gz`, one row per
 step of one environment: single frame, action, reward, terminal; and `add_count_ckpt.<k>.gz`, the rows ever written to
 the ring buffer that the chunk is a copy of. What follows from how these copies were made (google-research/batch_rl):
 
 - The row at the write position, most often the last one, is stale: it is left from the round before.
 - Chunks do not continue one another, and any number may be missing.
-- Rows of zeros stand before each episode, and are no steps: they complete the stacks of its first frames.
-- A terminal is a game over or a time-out. Sets of `utils/dataset.py` tell them apart by one store more, `truncation`.
+- Rows of zeros precede each episode, and are not steps: they complete the stacks of its first frames.
+- A terminal is a game over or a time-out. Datasets of `utils/offline/write.py` have one more store, `truncation`, that
+  tells them apart.
 """
 
 import gzip
+import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +28,14 @@ from filelock import FileLock
 from gymnasium.spaces import Box
 from tqdm import tqdm
 
-from utils.offline_replay import DatasetError, Rows
+from utils.offline.replay import DatasetError, Rows
 
 PIECE = 1 << 22  # bytes that are decompressed at a time
+CHECKED_ROWS = 1 << 20  # rows that are checked at a time
 
 
 def layout_of(space: Box, stack: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Each store of a set, with the shape and the type of its rows.
+    """Each store of a dataset, with the shape and the dtype of its rows.
 
     Args:
         space: of one observation.
@@ -56,12 +61,12 @@ def chunks_in(folder: Path) -> list[int]:
 
 
 def dataset_env_id(source: str) -> str | None:
-    """The environment that a set says it is from: by Minari, `dataset.json`, or the path of the published sets."""
+    """The environment that a dataset names: in Minari's metadata, `dataset.json`, or the path of the published ones."""
     if source.startswith("minari:"):
         spec = load_minari(source).env_spec
         return spec.id if spec else None
     if not Path(source).is_dir():
-        raise DatasetError(f"{source} is no folder")
+        raise DatasetError(f"--dataset: {source} is not a folder")
     note = Path(source) / "dataset.json"
     if note.exists():
         try:
@@ -76,30 +81,32 @@ def dataset_env_id(source: str) -> str | None:
 
 
 def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int | None) -> Rows:
-    """The first part of every chunk, or a random block of it; of files, by way of a cache that the next start finds.
+    """The first part of every chunk, or a random block of it. Files are unpacked to a cache that later runs find.
 
-    The cache is `<folder>/cache/<fraction>/`, plain npy files as large as what is kept. It is made in one pass over the
-    chunks that holds a few MB in memory, is renamed into place when complete, and is made anew when a file of the set
-    has changed.
+    The cache is `<folder>/cache/<fraction>/`, or in the system's temporary directory if the dataset is read-only: plain
+    npy files as large as what is kept. It is made in one pass over the chunks that holds a few MB in memory, is renamed
+    into place when complete, and is made again when a file of the dataset has changed.
 
     Args:
         source: a folder, or `minari:<id>`.
         space: of one observation.
         stack: frames in its first dimension; 1 for vectors.
-        fraction: share of each chunk's rows, in (0, 1].
-        seed: of the places of the random blocks; None takes the first rows.
+        fraction: fraction of each chunk's rows, in (0, 1].
+        seed: seed of the positions of the random blocks; None takes the first rows.
 
     Raises:
-        DatasetError: the set is missing, damaged, or of another kind of environment.
+        DatasetError: the dataset is missing, damaged, of another kind of environment, or has values without a meaning.
     """
     layout = layout_of(space, stack)
     if source.startswith("minari:"):
-        return read_minari(source, *layout["observation"], fraction, seed)
+        return checked(read_minari(source, *layout["observation"], fraction, seed), source)
     folder = Path(source)
     if not folder.is_dir():
-        raise DatasetError(f"{folder} is no folder")
+        raise DatasetError(f"--dataset: {folder} is not a folder")
+    if not chunks_in(folder):
+        raise DatasetError(f"--dataset: {folder} holds no $store$_observation_ckpt.0.gz or the like")
     name = f"{fraction:g}" if seed is None else f"{fraction:g}-seed{seed}"
-    cache = folder / "cache" / name
+    cache = cache_folder(folder) / name
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.gz"))]
     made_from = json.dumps([files, [(shape, dtype.str) for shape, dtype in layout.values()]])
 
@@ -109,24 +116,62 @@ def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int
 
     if not up_to_date():
         try:
-            cache.parent.mkdir(exist_ok=True)
-            with FileLock(cache.parent / f"{name}.lock"):  # several seeds may start at once
+            with FileLock(cache.parent / f"{name}.lock"):  # several runs may start at once
                 if not up_to_date():
                     prepare(folder, cache, layout, fraction, seed, made_from)
         except OSError as error:
             raise DatasetError(f"{cache} cannot be written: {error.strerror}") from error
     try:
         # Copy-on-write: torch wants memory that it may write to, though nobody does
-        return Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
+        rows = Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
     except (OSError, ValueError, EOFError):
-        raise DatasetError(f"{cache} is damaged; delete it, and it is made anew") from None
+        raise DatasetError(f"{cache} is damaged; delete it, and it is made again") from None
+    return checked(rows, source)
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where the caches of a dataset are: in its folder, or in the system's temporary directory if that is read-only."""
+    try:
+        (folder / "cache").mkdir(exist_ok=True)
+        if os.access(folder / "cache", os.W_OK):
+            return folder / "cache"
+    except OSError:
+        pass
+    path = str(folder.resolve())
+    cache = Path(tempfile.gettempdir()) / f"sparse-rl-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    cache.mkdir(exist_ok=True)
+    print(f"note: {folder} is read-only, its cache is in {cache}")
+    return cache
+
+
+def checked(rows: Rows, source: str) -> Rows:
+    """The same rows.
+
+    Raises:
+        DatasetError: an observation or a reward is not finite, an action is negative, a terminal is not 0 or 1.
+    """
+    valid = {
+        "observation": np.isfinite,
+        "action": lambda action: action >= 0,
+        "reward": np.isfinite,
+        "terminal": lambda terminal: terminal <= 1,
+        "truncation": lambda truncation: truncation <= 1,
+    }
+    for name, is_valid in valid.items():
+        column = getattr(rows, name)
+        if name == "observation" and column.dtype.kind in "ub":
+            continue  # pixels: any value will do, and there are many
+        for first in range(0, len(column), CHECKED_ROWS):
+            part = column[first : first + CHECKED_ROWS]
+            if not is_valid(part).all():
+                bad = first + int(np.flatnonzero(~is_valid(part).reshape(len(part), -1).all(axis=1))[0])
+                raise DatasetError(f"{source}: store {name}: row {bad} of those used holds {column[bad]}")
+    return rows
 
 
 def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int | None, made_from: str) -> None:
     """Writes the kept rows of every store to one npy file in `cache`, and `made_from` beside them."""
     chunks = chunks_in(folder)
-    if not chunks:
-        raise DatasetError(f"{folder} holds no $store$_observation_ckpt.0.gz or its like")
     given = [n for n in layout if n != "truncation" or any(folder.glob("$store$_truncation_ckpt.*.gz"))]
     rng = np.random.default_rng(seed)
     blocks = []  # (chunk, first row, rows)
@@ -141,22 +186,30 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
     beside = cache.with_name(cache.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    bar = tqdm(total=total, unit="rows", desc=f"unpacking to {cache}", delay=5)  # for sets that take a while
+    try:
+        unpack(folder, beside, layout, given, blocks, total)
+        (beside / "made_from.json").write_text(made_from)
+        shutil.rmtree(cache, ignore_errors=True)
+        beside.rename(cache)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # a full disk gets its space back
+
+
+def unpack(folder: Path, out_folder: Path, layout: dict, given: list[str], blocks: list, total: int) -> None:
+    """Writes rows of every store, those in `blocks` of (chunk, first row, rows), to one npy file each."""
+    bar = tqdm(total=total, unit="rows", desc=f"unpacking to {out_folder}", delay=5)
     for name, (shape, dtype) in layout.items():
-        with (beside / f"{name}.npy").open("wb") as out:
+        with (out_folder / f"{name}.npy").open("wb") as out:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total, *shape)}
             np.lib.format.write_array_header_1_0(out, header)
             for k, start, rows in blocks:
                 pieces = read_rows(store_path(folder, name, k), start, rows) if name in given else [bytes(rows)]
                 for piece in pieces:
                     out.write(piece)
-                if name == "observation":  # the others are nothing beside it
+                if name == "observation":  # the other stores are small
                     bar.update(rows)
     bar.close()
-    np.save(beside / "first.npy", np.cumsum([0] + [rows for _, _, rows in blocks[:-1]]))
-    (beside / "made_from.json").write_text(made_from)
-    shutil.rmtree(cache, ignore_errors=True)
-    beside.rename(cache)
+    np.save(out_folder / "first.npy", np.cumsum([0] + [rows for _, _, rows in blocks[:-1]]))
 
 
 def block(rows: int, fraction: float, rng: np.random.Generator | None) -> tuple[int, int]:
@@ -184,6 +237,8 @@ def whole_rows(folder: Path, k: int, layout: dict) -> int:
         return 0
     with naming(folder / f"add_count_ckpt.{k}.gz") as path, gzip.open(path) as file:
         count = int(np.load(file, allow_pickle=False).item())
+        if count < 1:
+            raise ValueError(f"it counts {count} rows")
     if len(set(lengths.values())) == 1:
         return count % lengths[shortest] or lengths[shortest]
     if lengths[shortest] < count:
@@ -235,11 +290,11 @@ def read_rows(path: Path, start: int, rows: int) -> Iterator[bytes]:
 
 
 def load_minari(source: str):
-    """A Minari set, downloaded if this machine does not have it."""
+    """A Minari dataset, downloaded if this machine does not have it."""
     try:
         import minari
     except ImportError:
-        raise DatasetError(f'{source} needs a package; pip install "minari[hdf5,hf]"') from None
+        raise DatasetError(f'--dataset: {source} needs Minari; pip install "minari[hdf5,hf]"') from None
     try:
         return minari.load_dataset(source.removeprefix("minari:"), download=True)
     except Exception as error:  # network, unknown id, missing extras, other formats: its own errors are many
@@ -247,7 +302,7 @@ def load_minari(source: str):
 
 
 def read_minari(source: str, shape: tuple[int, ...], dtype: np.dtype, fraction: float, seed: int | None) -> Rows:
-    """A Minari set in memory. Its time-outs have one row more, with the observation from which they bootstrap."""
+    """A Minari dataset in memory. Time-outs have one more row, with the observation from which they bootstrap."""
     parts = []
     for episode in load_minari(source).iterate_episodes():
         observation, action = np.asarray(episode.observations), np.asarray(episode.actions)

@@ -1,0 +1,1 @@
+"""What reads finished runs. Training imports nothing from here."""

@@ -1,0 +1,1 @@
+"""Logged experience for offline RL: writing, reading and replaying it."""
