@@ -14,20 +14,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.offline_replay import OfflineReplay
-
-from cql_pruned import Args, loss_terms, make_network
+from cql_pruned import Args, loss_terms, make_networks
 from utils.envs import STACK, make_envs
+from utils.flags import RunFlags
 from utils.offline.read import read_dataset
-from utils.runs import choose_device, median_seconds
+from utils.offline.replay import OfflineReplay
+from utils.runs import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def median_seconds(action: Callable[[], object], repeats: int) -> float:
+    """How long one call takes, after a first one that is not counted."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def write_pong(folder: Path, rows: int) -> None:
@@ -63,7 +76,7 @@ def main() -> None:
     parser.add_argument("--network", choices=("nature", "impala"), default="nature")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
-    device = choose_device(True)
+    device = choose_device(RunFlags())
     space = make_envs("ALE/Pong-v5", 1).single_observation_space
 
     with tempfile.TemporaryDirectory() as name:
@@ -95,7 +108,7 @@ def main() -> None:
         print(f"memory: {(peak_memory() - before) / kept:.2f} of the kept {kept / 1e6:.0f} MB")
 
         args = Args(network=flags.network)
-        networks = [make_network(args, space, 6).to(device) for _ in range(2)]
+        networks = [make_networks(args, space, Discrete(6))["q_network"].to(device) for _ in range(2)]
         optimizer = torch.optim.Adam(networks[0].parameters(), fused=True)
 
         def update(batch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import dqn_sparse
+from utils.runs import CSV_HEADERS, Run, stop_signal
 
 ROOT = Path(__file__).parent.parent
 CARTPOLE = {
@@ -44,10 +45,15 @@ def run_script(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndarray]:
-    """`script.main` in this process, on the CPU: the run's folder, and the returns of its last evaluation."""
+def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndarray | None]:
+    """`script.main` in this process, on the CPU: the run's folder, and the returns of its final evaluation (None if it
+    was stopped)."""
     before = set(runs_dir.glob("*"))
-    returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "device": "cpu", "eval_episodes": 1} | flags))
+    returns = None
+    try:
+        returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "device": "cpu", "eval_episodes": 1} | flags))
+    except SystemExit as ended:
+        assert ended.code == 128 + signal.SIGTERM  # see `stop_at`
     (folder,) = [Path(flags["resume"]).parent] if "resume" in flags else set(runs_dir.glob("*")) - before
     return folder, returns
 
@@ -60,24 +66,26 @@ def train(tmp_path):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Makes every run stop at an agent step, as SIGTERM would; None lets runs go on to their end."""
-    progress = dqn_sparse.Run.progress
+    """Makes every run stop at a step, as SIGTERM would, with exit code 143; None lets runs play to their end."""
+    advance = Run.advance
 
     def stop_at(last: int | None) -> None:
-        def stopping(run, step, **values):
-            progress(run, step, **values)
-            run.stopping = run.stopping or (last is not None and step >= last)
+        def stopping(run, step, update):
+            advance(run, step, update)
+            if last is not None and step >= last:
+                stop_signal.number = signal.SIGTERM
 
-        monkeypatch.setattr(dqn_sparse.Run, "progress", stopping)
+        monkeypatch.setattr(Run, "advance", stopping)
 
     return stop_at
 
 
 @pytest.fixture
 def logged_run(tmp_path):
-    """Writes what a run leaves: flags, episodes as rows (step, return, length), scalars as tag: rows (step, value)."""
+    """Writes what a run leaves: flags, episodes as rows (step, return, length), scalars as tag: rows (step, value),
+    evaluations as rows (step, episode, return, length); the last scalar comes after 90 seconds."""
 
-    def logged_run(name: str, episodes, scalars=None, finished: bool = True, **flags) -> Path:
+    def logged_run(name: str, episodes, scalars=None, finished: bool = True, evaluations=(), **flags) -> Path:
         folder = tmp_path / "logged" / name
         folder.mkdir(parents=True)
         args = {
@@ -89,14 +97,11 @@ def logged_run(tmp_path):
             "seed": 1,
         }
         (folder / "args.json").write_text(json.dumps(args | flags))
-        lines = [f"{step},{value},{length}\n" for step, value, length in episodes]
-        (folder / "episodes.csv").write_text("step,return,length\n" + "".join(lines))
-        if scalars:
-            writer = SummaryWriter(folder)
-            for tag, rows in scalars.items():
-                for step, value in rows:
-                    writer.add_scalar(tag, value, step)
-            writer.close()
+        rows = {"episodes": episodes, "evaluations": evaluations}
+        rows["scalars"] = [(step, 90, tag, value) for tag in scalars or {} for step, value in scalars[tag]]
+        for name, header in CSV_HEADERS.items():
+            lines = [",".join(map(str, row)) + "\n" for row in rows[name.removesuffix(".csv")]]
+            (folder / name).write_text(header + "\n" + "".join(lines))
         if finished:
             (folder / "model.pt").touch()
         return folder

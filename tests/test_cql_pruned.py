@@ -15,7 +15,7 @@ from gymnasium.spaces import Box
 import cql_pruned
 from cql_pruned import Args, cql_regularizer, loss_terms, make_network, preset, project, q_values
 from utils.checkpoints import parse_args
-from utils.dataset import DatasetWriter
+from utils.offline.write import DatasetWriter
 from utils.replay import Batch
 from utils.runs import read_episodes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_main
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 import cql_pruned
@@ -15,8 +15,8 @@ import dqn_sparse
 import rainbow_pruned
 import sac_sparse
 from utils.diagnostics import (
+    EverActive,
     dormant_ratios,
-    ever_active,
     feature_norm,
     gradient_cosines,
     has_inputs,
@@ -29,7 +29,7 @@ from utils.diagnostics import (
     unit_scores,
     weight_norm,
 )
-from utils.results import read_scalars
+from utils.records import read_scalars
 
 
 def test_scores_and_ratios_by_hand():
@@ -79,75 +79,72 @@ def test_units_without_a_weight_are_counted_apart():
 
 
 def test_activations_are_those_after_the_relus():
-    network = dqn_sparse.MLP(4, 2, 1, True)
+    network = dqn_sparse.make_networks(dqn_sparse.Args(), Box(-1, 1, (4,)), Discrete(2))["q_network"]
     x = torch.randn(5, 4)
     found = relu_activations(network, x)
-    assert list(found) == ["dense1", "dense2"]  # the head has none
-    first = F.relu(network.dense1(x))
-    torch.testing.assert_close(found["dense1"], first)
-    torch.testing.assert_close(found["dense2"], F.relu(network.dense2(first)))
+    assert list(found) == ["torso.dense", "head.dense"]  # the outputs have none
+    first = F.relu(network.torso.dense(x))
+    torch.testing.assert_close(found["torso.dense"], first)
+    torch.testing.assert_close(found["head.dense"], F.relu(network.head.dense(first)))
     in_place = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.ReLU())
     torch.testing.assert_close(relu_activations(in_place, x)["0"], F.relu(in_place[0](x)))
 
 
 def test_activations_of_a_resnet():
     args = dqn_sparse.Args()
-    network = dqn_sparse.make_network(args, Box(0, 255, (4, 84, 84), np.uint8), 6)
+    network = dqn_sparse.make_networks(args, Box(0, 255, (4, 84, 84), np.uint8), Discrete(6))["q_network"]
     x = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
     found = relu_activations(network, x)
-    blocks = [f"blocks.{i}.{j}.conv{k}" for i in range(3) for j in range(2) for k in (1, 2)]
-    assert set(found) == {*blocks, "convs.0", "convs.1", "convs.2", "dense"} - {"blocks.0.1.conv2", "blocks.1.1.conv2"}
-    assert found["convs.0"].shape == (2, 16, 42, 42) and found["dense"].shape == (2, 512)
-    masks = {"dense.weight": torch.zeros(512, 3872, dtype=torch.bool), "convs.1.weight": torch.zeros(32, 16, 3, 3) > 0}
+    layers = {f"blocks.{i}.{j}.conv{k}" for i in range(3) for j in range(2) for k in (1, 2)}
+    layers |= {"convs.0", "convs.1", "convs.2"}
+    without = {"blocks.0.1.conv2", "blocks.1.1.conv2"}  # the next thing is a convolution
+    assert set(found) == {f"torso.{layer}" for layer in layers - without} | {"head.dense"}
+    assert found["torso.convs.0"].shape == (2, 16, 42, 42) and found["head.dense"].shape == (2, 512)
+    masks = {"head.dense.weight": torch.zeros(512, 3872), "torso.convs.1.weight": torch.zeros(32, 16, 3, 3)}
     scalars = report(network, x, masks=masks)
-    assert scalars["diagnostics/dense/unconnected"] == 1
-    assert scalars["diagnostics/convs.1/unconnected"] == 0  # its ReLU is after a pooling: not looked through
+    assert scalars["diagnostics/head.dense/unconnected"] == 1
+    assert scalars["diagnostics/torso.convs.1/unconnected"] == 0  # its ReLU is after a pooling
 
 
-def test_twin_critics_are_two_networks_side_by_side():
-    """The same as of each critic alone: units in one layer, ranks and norms as means."""
+def test_twin_critics():
+    """Layers by their own names; ranks and norms are means over the critics' encoders."""
     torch.manual_seed(0)
     args = sac_sparse.Args(network="mlp", num_critics=2)
-    critic = sac_sparse.make_networks(args, 3, 1)[1]
+    critics = sac_sparse.make_networks(args, Box(-1, 1, (3,)), Box(-1, 1, (1,)))["critic"]
+    first, second = critics.critics
     with torch.no_grad():
-        critic.encoder[0].bias[:300] = -100  # all of the first critic's units, and 44 of the second's
-    observation, action = torch.randn(32, 3), torch.randn(32, 1)
-    mask = torch.ones(2, 4, 256, dtype=torch.bool)
-    mask[1, :, 250:] = False
-    assert has_inputs(mask).tolist() == [True] * 506 + [False] * 6
-    x = torch.cat([observation, action], 1)
-    first = [F.relu(x @ critic.encoder[0].weight[i] + critic.encoder[0].bias.view(2, -1)[i]) for i in range(2)]
-    found = relu_activations(critic, observation, action)
-    assert list(found) == ["encoder.0", "encoder.2"]
-    torch.testing.assert_close(found["encoder.0"], torch.cat(first, 1), atol=1e-5, rtol=1e-5)
-
-    masks = {"encoder.0.weight": mask}
-    scalars = report(critic, observation, action, masks=masks, prefix="diagnostics/critic")
-    assert scalars["diagnostics/critic/encoder.0/unconnected"] == pytest.approx(6 / 512)
-    assert scalars["diagnostics/critic/encoder.0/dormant_0"] == pytest.approx(300 / 506)
-    features = critic.encoder(x.expand(2, -1, -1))
-    assert scalars["diagnostics/critic/srank"] == (srank(features[0]) + srank(features[1])) / 2
-    assert scalars["diagnostics/critic/feature_norm"] == pytest.approx(features.norm(dim=2).mean().item(), rel=1e-5)
+        first.encoder[0].bias[:64] = -100
+    obs, action = torch.randn(32, 3), torch.randn(32, 1)
+    mask = torch.ones(256, 4)
+    mask[250:] = 0
+    masks = {"critics.1.encoder.0.weight": mask}
+    scalars = report(critics, obs, action, masks=masks, prefix="diagnostics/critic")
+    assert scalars["diagnostics/critic/critics.0.encoder.0/dormant_0"] == 64 / 256
+    assert scalars["diagnostics/critic/critics.1.encoder.0/unconnected"] == pytest.approx(6 / 256)
+    features = [critic.encoder(torch.cat([obs, action], 1)) for critic in (first, second)]
+    assert scalars["diagnostics/critic/srank"] == sum(map(srank, features)) / 2
+    norms = [each.norm(dim=1).mean().item() for each in features]
+    assert scalars["diagnostics/critic/feature_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
 
 
 def test_the_last_features_of_simba_are_what_its_encoder_gives():
     torch.manual_seed(0)
-    actor = sac_sparse.make_networks(sac_sparse.Args(num_critics=1), 3, 1)[0]
+    actor = sac_sparse.make_networks(sac_sparse.Args(num_critics=1), Box(-1, 1, (3,)), Box(-1, 1, (1,)))["actor"]
     x = torch.randn(40, 3)
     scalars = report(actor, x, masks={})
     assert list(relu_activations(actor, x)) == ["encoder.1.expand"]
     assert scalars["diagnostics/feature_norm"] == pytest.approx(128**0.5, rel=1e-3)  # they come from a LayerNorm
-    assert scalars["diagnostics/srank"] == srank(actor.encoder(x[None])[0])
+    assert scalars["diagnostics/srank"] == srank(actor.encoder(x))
 
 
 def test_a_noisy_unit_has_inputs_if_its_mean_or_its_noise_has():
-    args = rainbow_pruned.Args(network="mlp", noisy=True)
-    network = rainbow_pruned.make_network(args, Box(-1, 1, (4,)), 2)
-    masks = {f"dense2.weight_{part}": torch.zeros(512, 512, dtype=torch.bool) for part in ("mu", "sigma")}
-    masks["dense2.weight_mu"][:100, 0] = masks["dense2.weight_sigma"][50:128, 7] = True
+    args = rainbow_pruned.Args(noisy=True)
+    network = rainbow_pruned.make_networks(args, Box(-1, 1, (4,)), Discrete(2))["q_network"]
+    masks = {f"head.dense.weight_{part}": torch.zeros(512, 512) for part in ("mu", "sigma")}
+    masks["head.dense.weight_mu"][:100, 0] = masks["head.dense.weight_sigma"][50:128, 7] = 1
     scalars = report(network, torch.randn(8, 4), masks=masks)
-    assert scalars["diagnostics/dense2/unconnected"] == 0.75
-    assert scalars["diagnostics/dense1/unconnected"] == 0  # without a mask
+    assert scalars["diagnostics/head.dense/unconnected"] == 0.75
+    assert scalars["diagnostics/torso.dense/unconnected"] == 0  # without a mask
 
 
 def matrix(values, rows=40, columns=30):
@@ -216,8 +213,8 @@ def test_interference_is_the_mean_over_pairs():
 def test_cosines_of_the_agents_loss_against_one_backward_a_sample():
     torch.manual_seed(2)
     args = dqn_sparse.Args(network="nature")
-    network = dqn_sparse.make_network(args, Box(0, 255, (4, 84, 84), np.uint8), 3)
-    target = dqn_sparse.make_network(args, Box(0, 255, (4, 84, 84), np.uint8), 3)
+    spaces = Box(0, 255, (4, 84, 84), np.uint8), Discrete(3)
+    network, target = (dqn_sparse.make_networks(args, *spaces)["q_network"] for _ in range(2))
     frames = torch.randint(0, 256, (2, 3, 4, 84, 84), dtype=torch.uint8)
     batch = dqn_sparse.Batch(frames[0], torch.tensor([0, 2, 2]), torch.randn(3), torch.full((3,), 0.9), frames[1])
 
@@ -234,13 +231,12 @@ def test_cosines_of_the_agents_loss_against_one_backward_a_sample():
 
 
 def test_weights_that_were_ever_active():
-    ever = {}
-    mask = torch.tensor([True, False, False, False])
-    assert ever_active(ever, {"a": mask}) == 0.25
-    mask.copy_(torch.tensor([False, True, False, False]))  # masks change in place
-    assert ever_active(ever, {"a": mask}) == 0.5
-    assert ever_active(ever, {"a": mask, "b": torch.ones(4, dtype=torch.bool)}) == 0.75
-    assert ever_active({}, {}) == 1
+    masks = {"a": torch.tensor([1.0, 0.0, 0.0, 0.0]), "b": torch.ones(4)}
+    ever = EverActive(masks)
+    assert ever.update(masks) == 5 / 8
+    masks["a"].copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))  # masks change in place
+    assert ever.update(masks) == 6 / 8
+    assert EverActive({}).update({}) == 1
 
 
 def test_target_variance_by_hand():
@@ -254,7 +250,7 @@ def test_a_run_logs_them_and_learns_the_same(train):
     expected = {f"diagnostics/{name}" for name in ("srank", "stable_rank", "feature_norm", "weight_norm")}
     expected |= {f"diagnostics/{name}" for name in ("ever_active", "target_variance", "gradient_cosine")}
     kinds = ("dormant_0", "dormant_0.025", "dormant_0.1", "unconnected")
-    expected |= {f"diagnostics/{layer}/{kind}" for layer in ("dense1", "dense2") for kind in kinds}
+    expected |= {f"diagnostics/{layer}/{kind}" for layer in ("torso.dense", "head.dense") for kind in kinds}
     assert {tag for tag in scalars if tag.startswith("diagnostics/")} == expected
     assert not any(tag.startswith("diagnostics/") for tag in read_scalars(plain))
     first, second = (torch.load(folder / "model.pt")["networks"]["q_network"] for folder in (looked, plain))
@@ -263,7 +259,7 @@ def test_a_run_logs_them_and_learns_the_same(train):
 
 
 def test_a_resumed_run_remembers_which_weights_were_active(train, stop_at):
-    """The share of a SET run never falls, and goes on from where it was."""
+    """The fraction of a SET run never falls, and continues where it was."""
     flags = {"method": "set", "sparsity": 0.9, "diagnostics_every": 50, "drop_fraction": 1.0}
     whole = read_scalars(train(**flags))["diagnostics/ever_active"]
     stop_at(300)
@@ -281,7 +277,7 @@ def runs_of(script, tmp_path, name, **flags):
     return read_scalars(folder), torch.load(folder / "model.pt")["networks"]
 
 
-@pytest.mark.parametrize("script", [rainbow_pruned, sac_sparse, cql_pruned], ids=lambda script: script.SCRIPT)
+@pytest.mark.parametrize("script", [rainbow_pruned, sac_sparse, cql_pruned], ids=lambda script: script.__name__)
 def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
     steps = {"total_timesteps": 300, "learning_starts": 100}
     flags = {
@@ -297,11 +293,11 @@ def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
         for name, value in state.items():
             assert torch.equal(value, same_networks[net][name]), (net, name)
     assert not any(tag.startswith("diagnostics/") for tag in plain)
-    both = ("srank", "gradient_cosine", "encoder.2/dormant_0.1", "ever_active")
+    both = ("srank", "gradient_cosine", "ever_active")
     expected = {
-        rainbow_pruned: {"srank", "dense2/unconnected", "gradient_cosine", "target_variance"},
+        rainbow_pruned: {"srank", "head.dense/unconnected", "gradient_cosine", "target_variance"},
         sac_sparse: {f"{net}/{name}" for net in ("actor", "critic") for name in both},
-        cql_pruned: {"srank", "dense2/unconnected", "gradient_cosine", "target_variance"},
+        cql_pruned: {"srank", "head.dense/unconnected", "gradient_cosine", "target_variance"},
     }[script]
     for tag in expected:
         assert looked[f"diagnostics/{tag}"][-1, 0] == 300, tag

@@ -1,13 +1,24 @@
 """Environments against Gymnasium's own wrappers, and evaluation on environments whose returns are known."""
 
+import itertools
+from dataclasses import dataclass
+
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.envs import atari_game, cannot_render, make_envs, make_video_env, open_envs, unknown_env
-from utils.evaluate import evaluate
+import dqn_sparse
+from utils.envs import (
+    EnvironmentFailed,
+    atari_game,
+    cannot_render,
+    evaluate,
+    make_envs,
+    make_video_env,
+    open_envs,
+    unknown_env,
+)
+from utils.flags import Diverged
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "ALE/MsPacman-v5"])
@@ -151,53 +162,72 @@ def test_unknown_ids():
     assert "zzz" in unknown_env("zzz")
 
 
-class Corridor(gym.Env):
-    """Episodes of `length` steps, numbered 1, 2, ...: the k-th one's return is 100 x length + k."""
+class Lengths(gym.Env):
+    """Episodes whose length, and return of 100 x length, follow from the seed alone; shows the seed."""
 
-    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
-
-    def __init__(self, length):
-        self.length, self.episode = length, 0
+    observation_space, action_space = gym.spaces.Box(0, 1e9, (1,)), gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
-        self.left, self.episode = self.length, self.episode + 1
-        return np.zeros(1, np.float32), {}
+        super().reset(seed=seed)
+        self.left = self.length = int(self.np_random.integers(1, 30))
+        return np.float32([self.length]), {}
 
     def step(self, action):
         self.left -= 1
-        over = self.left == 0
-        return np.zeros(1, np.float32), 100 * self.length + self.episode if over else 0, over, False, {}
+        return np.float32([self.length]), 100 * self.length if self.left == 0 else 0, self.left == 0, False, {}
 
 
-@pytest.mark.parametrize(
-    ("episodes", "expected"),
-    [
-        (6, [(101, 1), (102, 1), (301, 3), (302, 3), (1001, 10), (1002, 10)]),
-        (4, [(101, 1), (102, 1), (301, 3), (1001, 10)]),
-        (3, [(101, 1), (301, 3), (1001, 10)]),
-    ],
-)
-def test_evaluation_gives_every_environment_its_share(episodes, expected):
-    """Whichever episodes end first would all be the shortest environment's."""
-    envs = SyncVectorEnv(
-        [lambda length=length: Corridor(length) for length in (1, 3, 10)], autoreset_mode=AutoresetMode.NEXT_STEP
-    )
-    returns, lengths = evaluate(
-        RecordEpisodeStatistics(envs), lambda observation: np.zeros(3, np.int64), episodes, seed=0
-    )
-    assert returns.dtype == np.float64 and lengths.dtype == np.int64
-    assert sorted(zip(returns, lengths)) == expected
+@pytest.mark.parametrize("episodes", [1, 5, 8, 19])
+@pytest.mark.parametrize("rows", [8, 3])
+def test_each_evaluation_episode_is_that_of_its_seed(episodes, rows, monkeypatch):
+    """Played one by one by hand, whatever the number of environments."""
+    gym.register("Lengths-v0", Lengths) if "Lengths-v0" not in gym.registry else None
+    monkeypatch.setattr("utils.envs.EVALUATION_ROWS", rows)
+    expected = []
+    for episode in range(episodes):
+        expected.append(int(Lengths().reset(seed=50 + episode)[0][0]))
+    drawn = {}
+
+    def policy(obs, rngs):
+        assert len(obs) == len(rngs) == rows
+        for row, rng in zip(obs, rngs):
+            drawn.setdefault(int(row[0]), rng.random())
+        return np.zeros(len(obs), int)
+
+    returns, lengths = evaluate(Evaluated("Lengths-v0"), policy, episodes, seed=50)
+    assert lengths.tolist() == expected and returns.tolist() == [100 * length for length in expected]
+    for episode, length in enumerate(expected):  # the first draw of an episode is that of its own generator
+        if expected.count(length) == 1:
+            assert drawn[length] == np.random.default_rng(50 + episode).random()
 
 
-def test_evaluation_hands_observations_to_the_policy():
-    """CartPole under a policy that looks: leaning against the pole's fall lasts far longer than a constant push."""
-    returns = {}
-    for name, policy in {
-        "looks": lambda observation: (observation[:, 2] + observation[:, 3] > 0).astype(np.int64),
-        "blind": lambda observation: np.zeros(len(observation), np.int64),
-    }.items():
-        returns[name] = evaluate(make_envs("CartPole-v1", 3), policy, 3, seed=0)[0].mean()
-    assert returns["looks"] > 100 > 15 > returns["blind"]
+@dataclass
+class Evaluated:
+    env_id: str
+    sticky_actions: float = 0.25
+    noop_max: int = 0
+
+
+def policy_of_pixels(obs, rngs):
+    return np.array([(int(frame.sum()) + int(rng.integers(3))) % 4 for frame, rng in zip(obs, rngs)])
+
+
+def test_the_same_games_for_any_number_of_episodes(monkeypatch):
+    monkeypatch.setattr("utils.envs.MAX_FRAMES", 600)
+    args = Evaluated("ALE/Breakout-v5")
+    one = evaluate(args, policy_of_pixels, 1, seed=3)
+    three = evaluate(args, policy_of_pixels, 3, seed=3)
+    assert (one[0][0], one[1][0]) == (three[0][0], three[1][0])
+
+
+def test_the_same_episodes_with_video(tmp_path):
+    lean = lambda obs, rngs: (obs[:, 2] + obs[:, 3] > 0).astype(int)  # noqa: E731
+    plain = evaluate(Evaluated("CartPole-v1"), lean, 3, seed=0)
+    filmed = evaluate(Evaluated("CartPole-v1"), lean, 3, seed=0, video_folder=tmp_path)
+    np.testing.assert_array_equal(plain, filmed)
+    assert len(list(tmp_path.glob("*.mp4"))) == 3
+    blind = evaluate(Evaluated("CartPole-v1"), lambda obs, rngs: np.zeros(len(obs), int), 3, seed=0)
+    assert plain[0].mean() > 100 > 15 > blind[0].mean()
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "CartPole-v1"])
@@ -209,21 +239,90 @@ class Pictures(gym.Env):
     observation_space, action_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Discrete(2)
 
 
+def flags(env_id, **values):
+    return dqn_sparse.Args(env_id=env_id, **values)
+
+
 @pytest.mark.parametrize(
-    "env_id, action_space, said",
+    ("env_id", "action_space", "named"),
     [
-        ("Pictures-v0", gym.spaces.Discrete, "takes discrete actions and observations in vectors, or an Atari game"),
-        ("Pendulum-v1", gym.spaces.Discrete, "takes discrete actions"),
-        ("CartPole-v1", gym.spaces.Box, "takes bounded actions and observations in vectors"),
-        ("ALE/Pong-v5", gym.spaces.Box, "takes bounded actions and observations in vectors"),
+        ("Pictures-v0", gym.spaces.Discrete, "Box"),
+        ("Pendulum-v1", gym.spaces.Discrete, "discrete"),
+        ("CartPole-v1", gym.spaces.Box, "continuous"),
+        ("ALE/Pong-v5", gym.spaces.Box, "continuous"),
         ("Blackjack-v1", gym.spaces.Discrete, "Tuple"),
-        ("CartPool-v1", gym.spaces.Discrete, "did you mean CartPole-v1"),
+        ("CartPool-v1", gym.spaces.Discrete, "CartPole-v1"),
+        ("no_such_module:CartPole-v1", gym.spaces.Discrete, "no_such_module"),
+        ("math:CartPool-v1", gym.spaces.Discrete, "CartPole-v1"),
     ],
 )
-def test_an_environment_that_does_not_suit_ends_the_program_with_one_line(env_id, action_space, said, capsys):
+def test_an_environment_that_does_not_fit_ends_the_program_with_one_line(env_id, action_space, named, capsys):
     if env_id == "Pictures-v0":
         gym.register(env_id, Pictures)
-    with pytest.raises(SystemExit):
-        open_envs(env_id, 1, action_space)
+    with pytest.raises(SystemExit) as ended:
+        open_envs(flags(env_id), action_space)
     error = capsys.readouterr().err
-    assert error.startswith("error: --env-id: ") and said in error and error.count("\n") == 1
+    assert ended.value.code == 2 and "--env-id" in error and named in error and error.count("\n") == 1
+
+
+def test_an_environment_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_envs.py").write_text(
+        "import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gym.register('Mine-v0', CartPoleEnv, max_episode_steps=20)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    envs = open_envs(flags("my_envs:Mine-v0", num_envs=2), gym.spaces.Discrete)
+    assert envs.reset(seed=1)[0].shape == (2, 4)
+    assert evaluate(Evaluated("my_envs:Mine-v0"), lambda obs, rngs: np.zeros(len(obs), int), 2, seed=0)[1].max() <= 20
+
+
+def test_minatar():
+    pytest.importorskip("minatar")
+    envs = open_envs(flags("MinAtar/Breakout-v0", num_envs=2), gym.spaces.Discrete)
+    observation, _ = envs.reset(seed=1)
+    assert (
+        observation.shape == (2, 4, 10, 10) and observation.dtype == np.uint8 and set(np.unique(observation)) == {0, 1}
+    )
+    assert envs.single_action_space.n == 6
+    for _ in range(50):
+        observation, _, _, _, infos = envs.step(np.array([1, 3]))
+        assert observation[:, 1].sum((1, 2)).tolist() == [1, 1]  # one ball in each
+        assert not infos["life_lost"].any()
+
+
+def test_a_lost_life_is_told():
+    envs = open_envs(flags("ALE/Breakout-v5", sticky_actions=0.0), gym.spaces.Discrete)
+    lives, lost = [envs.reset(seed=2)[1]["lives"][0]], []
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        infos = envs.step(rng.integers(4, size=1))[4]
+        lives.append(infos["lives"][0])
+        lost.append(infos["life_lost"][0])
+    assert lost == [after < before for before, after in itertools.pairwise(lives)] and sum(lost) > 4
+    envs.close()
+
+
+class Broken(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
+    how = "raises"
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        if self.how == "raises":
+            raise RuntimeError("the simulation exploded\nand more")
+        return np.float32([np.nan if self.how == "obs" else 0]), np.nan if self.how == "reward" else 0, False, False, {}
+
+
+@pytest.mark.parametrize("how", ["raises", "obs", "reward"])
+def test_a_broken_environment_is_an_error_of_its_own(how, monkeypatch):
+    gym.register("Broken-v0", Broken) if "Broken-v0" not in gym.registry else None
+    monkeypatch.setattr(Broken, "how", how)
+    envs = open_envs(flags("Broken-v0"), gym.spaces.Discrete)
+    envs.reset()
+    with pytest.raises(EnvironmentFailed) as error:
+        envs.step(np.array([0]))
+    assert "\n" not in str(error.value)
+    with pytest.raises(Diverged):
+        envs.step(np.array([np.nan]))

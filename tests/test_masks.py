@@ -4,21 +4,21 @@ import math
 
 import pytest
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqn_sparse import Args, make_network
+from dqn_sparse import Args, make_networks
 from utils.masks import (
+    active_count,
     apply_masks,
     erk_densities,
     keep_largest,
-    kept_count,
+    layer_densities,
     mask_table,
     prunable,
     random_mask,
     sparsity_scalars,
-    uniform_densities,
 )
 
 
@@ -35,7 +35,7 @@ def matches(value: float, printed: str, units: float = 0.5) -> bool:
 
 def impala_shapes(width: int, outputs: int = 18) -> dict:
     with torch.device("meta"):
-        network = make_network(Args(width=width), Box(0, 255, (4, 84, 84)), outputs)
+        network = make_networks(Args(width=width), Box(0, 255, (4, 84, 84)), Discrete(outputs))["q_network"]
     return {name: tuple(weight.shape) for name, weight in prunable(network).items()}
 
 
@@ -46,12 +46,13 @@ def nature_shapes(features: int, actions: int) -> dict:
 
 # Sparsity of each tensor under JaxPruner's ERK, 18 actions: (width, sparsity) -> a value per row
 IMPALA_ROWS = {
-    "first conv": ["convs.0"],
-    "stack 0": [f"blocks.0.{i}.conv{j}" for i in (0, 1) for j in (1, 2)],
-    "second conv": ["convs.1"],
-    "stacks 1, 2": ["convs.2"] + [f"blocks.{k}.{i}.conv{j}" for k in (1, 2) for i in (0, 1) for j in (1, 2)],
-    "dense": ["dense"],
-    "head": ["head"],
+    "first conv": ["torso.convs.0"],
+    "stack 0": [f"torso.blocks.0.{i}.conv{j}" for i in (0, 1) for j in (1, 2)],
+    "second conv": ["torso.convs.1"],
+    "stacks 1, 2": ["torso.convs.2"]
+    + [f"torso.blocks.{k}.{i}.conv{j}" for k in (1, 2) for i in (0, 1) for j in (1, 2)],
+    "dense": ["head.dense"],
+    "head": ["head.out"],
 }
 IMPALA = {
     (1, 0.90): "0 .371 .553 .710 .916 0",
@@ -75,7 +76,7 @@ def test_erk_of_the_impala_network(width, sparsity):
 @pytest.mark.parametrize(("sparsity", "printed"), [(0.90, ".861"), (0.95, ".930"), (0.99, ".986")])
 def test_erk_of_the_rainbow_head(sparsity, printed):
     shapes = impala_shapes(width=3, outputs=18 * 51)
-    assert matches(1 - erk_densities(shapes, sparsity)["head.weight"], printed)
+    assert matches(1 - erk_densities(shapes, sparsity)["head.out.weight"], printed)
 
 
 def test_erk_of_dopamines_nature_network():
@@ -99,7 +100,7 @@ def total_matches(shapes: dict, densities: dict, printed: int) -> bool:
     """The exact total is a whole number, printed cut off or rounded; layer by layer, counts are rounded once more."""
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     exact = sum(densities[name] * size[name] for name in shapes)
-    kept = sum(kept_count(size[name], densities[name]) for name in shapes)
+    kept = sum(active_count(size[name], densities[name]) for name in shapes)
     return abs(exact - printed) <= 1 + 1e-6 and abs(kept - exact) <= len(shapes) / 2
 
 
@@ -193,35 +194,44 @@ def test_erk_fills_layers_like_water(shapes, sparsity):
     assert list(densities.values()) == pytest.approx([min(1.0, high * r) for r in raw], rel=1e-9)
 
 
-def test_uniform_and_dense():
-    shapes = {"a": (3, 3, 4, 8), "b": (100, 50)}
-    assert uniform_densities(shapes, 0.75) == {"a": 0.25, "b": 0.25}
-    assert erk_densities(shapes, 0.0) == uniform_densities(shapes, 0.0) == {"a": 1.0, "b": 1.0}
+def test_distributions():
+    weights = {"a": torch.zeros(3, 3, 4, 8), "b": torch.zeros(100, 50)}
+    assert layer_densities(weights, 0.75, "uniform") == {"a": 0.25, "b": 0.25}
+    assert layer_densities(weights, 0.0, "erk") == layer_densities(weights, 0.0, "uniform") == {"a": 1.0, "b": 1.0}
+    assert layer_densities(weights, 0.75, "erk") == erk_densities({"a": (3, 3, 4, 8), "b": (100, 50)}, 0.75)
 
 
 @pytest.mark.parametrize(
     ("size", "density", "count"),
     [(1000, 0.1, 100), (1000, 0.0504, 50), (1000, 0.0506, 51), (10, 0.01, 1), (7, 1.0, 7), (1, 1e-9, 1)],
 )
-def test_kept_count(size, density, count):
-    assert kept_count(size, density) == count
+def test_active_count(size, density, count):
+    assert active_count(size, density) == count
 
 
 @given(st.integers(1, 300), st.data())
 def test_random_mask_is_exact_and_seeded(size, data):
-    count, seed = data.draw(st.integers(0, size)), data.draw(st.integers(0, 100))
-    mask = random_mask((size, 2), count, torch.Generator().manual_seed(seed))
-    assert mask.dtype == torch.bool and mask.shape == (size, 2) and mask.sum() == count
-    assert torch.equal(mask, random_mask((size, 2), count, torch.Generator().manual_seed(seed)))
+    count, seed = data.draw(st.integers(0, 2 * size)), data.draw(st.integers(0, 100))
+    weight = torch.randn(size, 2)
+    mask = random_mask(weight, count, torch.Generator().manual_seed(seed))
+    assert mask.dtype == weight.dtype and mask.shape == (size, 2)
+    assert mask.sum() == count and set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(mask, random_mask(weight, count, torch.Generator().manual_seed(seed)))
 
 
 def test_random_mask_is_uniform():
-    generator = torch.Generator().manual_seed(0)
-    draws = sum(random_mask((5, 4), 5, generator).int() for _ in range(4_000)).double()
+    generator, weight = torch.Generator().manual_seed(0), torch.zeros(5, 4)
+    draws = sum(random_mask(weight, 5, generator) for _ in range(4_000)).double()
     # 20 places, each taken with probability 1/4; the counts of one draw are negatively correlated by 1/19
     chi2 = (((draws - 1_000) ** 2).sum() / (4_000 * 0.25 * 0.75 * 20 / 19)).item()
     assert chi2 < 43.8  # 99.9 % of the distribution with 19 degrees of freedom
-    assert not torch.equal(random_mask((50, 4), 99, generator), random_mask((50, 4), 99, generator))
+    weight = torch.zeros(50, 4)
+    assert not torch.equal(random_mask(weight, 99, generator), random_mask(weight, 99, generator))
+
+
+def test_a_mask_has_its_weights_memory_format():
+    weight = torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert random_mask(weight, 9, torch.Generator()).is_contiguous(memory_format=torch.channels_last)
 
 
 scores = st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 0.5000001, 2.0]), min_size=1, max_size=60)
@@ -255,10 +265,10 @@ def test_apply_masks_is_in_place_and_may_cover_a_part():
 
 
 def test_mask_table_adds_up():
-    rows = mask_table({"conv": (32, 4, 8, 8), "head": (6, 512)}, {"conv": 1_218, "head": 3_072}).splitlines()
+    weights = {"conv": torch.zeros(32, 4, 8, 8), "head": torch.zeros(6, 512)}
+    rows = mask_table(weights, {"conv": 1_218 / 8_192, "head": 1.0}).splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert len({len(row) for row in rows}) == 1  # aligned
-    assert cells[0] == ["layer", "shape", "kept", "density"]
     assert cells[2:] == [
         ["conv", "32x4x8x8", "1,218", "0.1487"],
         ["head", "6x512", "3,072", "1.0000"],
@@ -266,6 +276,9 @@ def test_mask_table_adds_up():
     ]
 
 
-def test_logged_sparsity_is_the_share_of_zeros():
-    scalars = sparsity_scalars({"a": (2, 3, 4), "b": (8, 2)}, {"a": 6, "b": 16})
+def test_logged_sparsity_is_the_fraction_of_zeros():
+    weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(8, 2)}
+    mask = torch.zeros(2, 3, 4)
+    mask[0, 0] = mask[1, 2, :2] = 1
+    scalars = sparsity_scalars(weights, {"a": mask})
     assert scalars == {"sparsity/a": 0.75, "sparsity/b": 0.0, "sparsity/global": pytest.approx(18 / 40)}

@@ -132,11 +132,11 @@ def test_the_replay_tells_which_transitions_enter_and_which_are_dropped(num_envs
     zeros, observation = np.zeros(num_envs), torch.zeros(num_envs, 1)
     for code in script:
         if code == 9:
-            changed = replay.cut()
+            changed = replay.end_episodes()
         else:
             end = np.array([(code + i) % 4 == 0 for i in range(num_envs)])
             changed = replay.add(observation, zeros.astype(int), zeros, end, end, observation)
-        priorities.turn_over(*changed, torch.tensor(2.0))
+        priorities.refresh(*changed, torch.tensor(2.0))
         place = (replay.queue_first + torch.arange(len(replay))) % len(replay.starts)
         assert sorted(replay.starts[place].tolist()) == priorities.values.nonzero().flatten().tolist()
     if len(replay):

@@ -166,7 +166,7 @@ def assert_same_transitions(replay, expected):
 
 def cut(replay, naive):
     """The environments are reset from outside: whatever was running is truncated, and the next row starts afresh."""
-    replay.cut()
+    replay.end_episodes()
     if naive.rows:
         obs, action, reward, terminal, _, next_obs, real = naive.rows[-1]
         everywhere = np.ones_like(real)

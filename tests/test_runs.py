@@ -20,7 +20,7 @@ import dqn_sparse
 from dqn_sparse import CLASSIC_CONTROL, Args, preset
 from utils import checkpoints
 from utils.checkpoints import load_checkpoint, parse_args, save_atomically
-from utils.masks import kept_count
+from utils.masks import active_count
 from utils.replay import Replay
 from utils.runs import Run, read_episodes
 
@@ -270,7 +270,7 @@ def test_atari_from_beginning_to_end(tmp_path, train, monkeypatch):
     masks = load(folder / "model.pt")["masks"]["q_network"]
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         # 4 actions: every layer but the head has density epsilon x (sum of dimensions / size), by hand
-        name: kept_count(mask.numel(), density)
+        name: active_count(mask.numel(), density)
         for (name, mask), density in zip(masks.items(), by_hand([(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]))
     }
     saved = load(folder / "checkpoint.pt")

@@ -26,8 +26,8 @@ class _Relus(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.output, self.stacked = "input", None, False
-        self.encoded: torch.Tensor | None = None
+        self.layer, self.output = "input", None
+        self.encoded: list[torch.Tensor] = []
         self.found: dict[str, torch.Tensor] = {}
         self.direct: set[str] = set()
 
@@ -35,8 +35,7 @@ class _Relus(TorchFunctionMode):
         is_direct = bool(args) and args[0] is self.output
         output = function(*args, **(kwargs or {}))
         if function in (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_):
-            kept = output.clone()  # what follows may change it in place
-            self.found[self.layer] = kept.transpose(0, 1).flatten(1) if self.stacked else kept
+            self.found[self.layer] = output.clone()  # what follows may change it in place
             self.direct |= {self.layer} if is_direct else set()
         return output
 
@@ -47,13 +46,12 @@ def _record(network: nn.Module, *inputs: torch.Tensor) -> _Relus:
 
     def remember(name: str, module: nn.Module, output: torch.Tensor) -> None:
         relus.layer, relus.output = name, output
-        relus.stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
 
     for name, module in network.named_modules():
         if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
             hooks.append(module.register_forward_hook(lambda m, __, output, name=name: remember(name, m, output)))
-        if name == "encoder":
-            hooks.append(module.register_forward_hook(lambda _, __, output: setattr(relus, "encoded", output)))
+        if name.rpartition(".")[2] == "encoder":
+            hooks.append(module.register_forward_hook(lambda _, __, output: relus.encoded.append(output)))
     try:
         with relus:
             network(*inputs)
@@ -67,8 +65,7 @@ def relu_activations(network: nn.Module, *inputs: torch.Tensor) -> dict[str, tor
     """The output of every ReLU in `network(*inputs)`, by the name of the layer before it.
 
     A layer is a module with a parameter of two or more dimensions. In a ResNet the ReLU before a block is under the
-    name of the layer that last added to its input. A ReLU on the network's input is called "input". A weight of shape
-    (n, inputs, outputs), as in sac_sparse.py, is that of n layers side by side: n x outputs units.
+    name of the layer that last added to its input. A ReLU on the network's input is called "input".
 
     Returns:
         Tensors (B, units) or (B, channels, height, width), in the order of the forward pass.
@@ -93,9 +90,9 @@ def has_inputs(mask: torch.Tensor) -> torch.Tensor:
     """Which units (units,) of a layer have an incoming weight.
 
     Args:
-        mask: of an nn.Linear or nn.Conv2d, or (n, inputs, outputs) of n layers side by side.
+        mask: of an nn.Linear or nn.Conv2d.
     """
-    return mask.any(1).flatten() if mask.ndim == 3 else mask.flatten(1).any(1)
+    return mask.flatten(1).any(1)
 
 
 def dormant_ratios(activation: torch.Tensor, connected: torch.Tensor | None = None) -> dict[str, float]:
@@ -222,8 +219,8 @@ def report(
 ) -> dict[str, float]:
     """Scalars to log of a network: each layer's dormancy, rank and norm of the last features, weight norm.
 
-    The last features are what the module `encoder` gives, where the network has one, else the output of the last ReLU;
-    of n networks side by side their figures are means over the n.
+    The last features are the outputs of modules named `encoder`, where the network has any (figures are means over
+    them), else the output of the last ReLU.
 
     Args:
         inputs: tensors (B, ...), a sample of the replay that is larger than a mini-batch; 256 in the papers' code.
@@ -239,7 +236,7 @@ def report(
         connected = torch.stack(own).any(0) if own and layer in relus.direct else None
         for name, value in dormant_ratios(activation, connected).items():
             scalars[f"{prefix}/{layer}/{name}"] = value
-    features = list(relus.found.values())[-1][None] if relus.encoded is None else relus.encoded  # (n, B, units)
+    features = relus.encoded or [list(relus.found.values())[-1]]  # (B, units) each
     for name, function in (("srank", srank), ("stable_rank", stable_rank), ("feature_norm", feature_norm)):
         scalars[f"{prefix}/{name}"] = sum(map(function, features)) / len(features)
     return scalars | {f"{prefix}/weight_norm": weight_norm(network)}

@@ -33,7 +33,7 @@ from utils.flags import fail
 from utils.launch import run_command
 from utils.records import read_scalars
 
-POINTS = 200  # of a curve
+POINTS = 100  # of a curve
 
 
 def draw(axes: plt.Axes, groups: dict[str, list[np.ndarray]], steps: float) -> None:
@@ -80,13 +80,15 @@ def figure_of(
         tags += [tag for tag in found if tag not in tags]
         if not found:
             warn(f"--scalars: no run has logged {pattern}")
-    environments = group_runs(runs, ["env_id"])
+    environments: dict[tuple, list[LoggedRun]] = {}
+    for run in sorted(runs, key=lambda run: (run.args["env_id"], run.offline)):
+        environments.setdefault((run.args["env_id"], run.offline), []).append(run)
     columns = min(1 + len(tags), 3)
     rows = math.ceil((1 + len(tags)) / columns)  # of one environment
     width, height = (7, 4) if columns == 1 else (4.4, 3)
     size = (width * columns, height * rows * len(environments))
     figure, panels = plt.subplots(rows * len(environments), columns, figsize=size, squeeze=False)
-    for row, ((env_id,), members) in zip(panels.reshape(len(environments), -1), environments.items()):
+    for row, ((env_id, offline), members) in zip(panels.reshape(len(environments), -1), environments.items()):
         groups: dict[str, list[LoggedRun]] = {}
         for group in group_runs(members, by).values():
             groups.setdefault(label_of(by, group[0]), []).extend(group)
@@ -99,9 +101,7 @@ def figure_of(
             }
             draw(axes, curves, steps)
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.set(title=env_id, ylabel=tag)
-            kinds = {"updates" if run.offline else "agent steps" for run in members}
-            axes.set_xlabel(" or ".join(sorted(kinds)))
+            axes.set(title=env_id, ylabel=tag, xlabel="updates" if offline else "agent steps")
         row[0].legend(fontsize="small", title=", ".join(by) + " (runs)", title_fontsize="small")
         for axes in row[1 + len(tags) :]:
             axes.remove()

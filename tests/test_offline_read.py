@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from utils.dataset import DatasetWriter
-from utils.offline import dataset_env_id, read_dataset
-from utils.offline_replay import DatasetError, OfflineReplay, find_transitions
+from utils.offline.read import dataset_env_id, read_dataset
+from utils.offline.replay import DatasetError, OfflineReplay, find_transitions
+from utils.offline.write import DatasetWriter
 
 CPU = torch.device("cpu")
 GAMMA = 0.9
@@ -83,7 +83,7 @@ def log_published(folder, lengths, capacity):
 
 def log_ours(folder, lengths, capacity, truncated):
     """The same episodes through DatasetWriter, as one NEXT_STEP environment gives them."""
-    writer = DatasetWriter(str(folder), 1, IMAGES, 4, chunk_rows=capacity, flush_every=7)
+    writer = DatasetWriter(str(folder), 1, IMAGES, 4, "ALE/Pong-v5", chunk_rows=capacity, flush_every=7)
     serial = 0
     for length, cut in zip(lengths, truncated):
         for t in range(length):
@@ -204,12 +204,13 @@ def test_sets_with_truncations(tmp_path_factory, lengths, truncated, capacity, n
 
 def write_vectors(folder, rows=30, num_envs=1, **options):
     """Episodes of 10 steps, every second one cut off; an observation is (step, environment)."""
-    writer = DatasetWriter(str(folder), num_envs, VECTORS, 1, **options)
+    writer = DatasetWriter(str(folder), num_envs, VECTORS, 1, "CartPole-v1", **options)
     for t in range(rows):
         observation = np.stack([np.full(num_envs, t), np.arange(num_envs)], 1).astype(np.float32)
         end, odd = np.full(num_envs, t % 10 == 9), t // 10 % 2 == 1
-        writer.just_ended[:] = False  # no rows in between
         writer.add(observation, np.full(num_envs, t % 2), np.ones(num_envs), end & (not odd), end & odd)
+        if end.any():
+            writer.end_episodes()  # no rows in between
     writer.close()
 
 
@@ -267,17 +268,54 @@ def test_the_cache_is_used_again_until_a_file_changes(tmp_path):
     assert len(read(tmp_path, VECTORS)) == 58
 
 
+@pytest.mark.parametrize(
+    ("store", "value"),
+    [("reward", np.nan), ("reward", np.inf), ("observation", np.nan), ("action", -1), ("terminal", 7)],
+)
+def test_values_without_a_meaning_are_refused(tmp_path, store, value):
+    write_vectors(tmp_path)
+    rows = load(tmp_path, f"$store$_{store}", 0).copy()
+    rows[17] = value
+    save(tmp_path, f"$store$_{store}", 0, rows)
+    with pytest.raises(DatasetError, match=f"{store}.*17"):
+        read(tmp_path, VECTORS)
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_a_count_without_a_meaning_is_refused(tmp_path, count):
+    write_vectors(tmp_path)
+    save(tmp_path, "add_count", 0, np.array(count))
+    with pytest.raises(DatasetError, match="add_count"):
+        read(tmp_path, VECTORS)
+
+
+def test_a_read_only_dataset_has_its_cache_elsewhere(tmp_path, monkeypatch):
+    write_vectors(tmp_path / "set")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # permissions do not bind a superuser
+    assert len(read(tmp_path / "set", VECTORS)) == 29
+    assert list((tmp_path / "temporary").rglob("observation.npy"))
+    assert not list((tmp_path / "set").rglob("observation.npy"))
+
+
+def test_a_folder_that_is_not_a_dataset_gets_no_cache(tmp_path):
+    with pytest.raises(DatasetError):
+        read(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_cache_that_is_read_by_all_and_written_by_one(tmp_path, monkeypatch):
     def read_only(path):
         raise PermissionError(13, "Permission denied")
 
     write_vectors(tmp_path)
-    monkeypatch.setattr("utils.offline.FileLock", read_only)
+    monkeypatch.setattr("utils.offline.read.FileLock", read_only)
     with pytest.raises(DatasetError, match="cache/1 cannot be written: Permission denied"):
         read(tmp_path, VECTORS)
     monkeypatch.undo()
     read(tmp_path, VECTORS)
-    monkeypatch.setattr("utils.offline.FileLock", read_only)
+    monkeypatch.setattr("utils.offline.read.FileLock", read_only)
     assert len(read(tmp_path, VECTORS)) == 29
 
 
@@ -346,7 +384,7 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, name, break_it, says):
     assert str(path) in str(caught.value)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "cache").glob("*/made_from.json"))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]  # nothing that fills the disk
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
@@ -361,7 +399,9 @@ def test_a_log_that_was_killed_between_two_stores(tmp_path):
     for name in ("action", "reward"):  # these had not got the second 20 rows
         save(tmp_path, f"$store$_{name}", 0, load(tmp_path, f"$store$_{name}", 0)[:20])
     save(tmp_path, "add_count", 0, np.array(20))
-    DatasetWriter(str(tmp_path), 1, VECTORS, 1, append=True)._new_chunk()  # and a chunk without any
+    for name in ("observation", "action", "reward", "terminal", "truncation"):  # and a chunk without any rows
+        save(tmp_path, f"$store$_{name}", 1, load(tmp_path, f"$store$_{name}", 0)[:0])
+    save(tmp_path, "add_count", 1, np.array(1))
     replay = read(tmp_path, VECTORS)
     assert replay.row.tolist() == list(range(19))  # row 19 is a time-out's last observation
 
@@ -418,11 +458,11 @@ def test_env_id_of_a_set(tmp_path):
     published.mkdir(parents=True)
     assert dataset_env_id(str(published)) == "ALE/MsPacman-v5"
     assert dataset_env_id(str(tmp_path)) is None
-    DatasetWriter(str(tmp_path / "own"), 1, VECTORS, 1, env_id="CartPole-v1")._new_chunk()
+    DatasetWriter(str(tmp_path / "own"), 1, VECTORS, 1, "CartPole-v1").close()
     assert dataset_env_id(str(tmp_path / "own")) == "CartPole-v1"
     for note in (["CartPole-v1"], {"env_id": 3}, {}):
         (tmp_path / "own" / "dataset.json").write_text(json.dumps(note))
         with pytest.raises(DatasetError, match=r"dataset\.json"):
             dataset_env_id(str(tmp_path / "own"))
-    with pytest.raises(DatasetError, match="nowhere is no folder"):
+    with pytest.raises(DatasetError, match="nowhere"):
         dataset_env_id("nowhere")

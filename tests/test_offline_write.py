@@ -5,8 +5,10 @@ import gzip
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
+from gymnasium.vector import VectorWrapper
 
-from utils.dataset import DatasetWriter, Store
+from utils.envs import make_envs
+from utils.offline.write import DatasetWriter, LogDataset, Store
 
 FRAME = (3, 2)
 STORES = ("observation", "action", "reward", "terminal", "truncation")
@@ -72,7 +74,7 @@ def assert_rows(chunk, rows):
 
 
 def writer(folder, num_envs=1, **options):
-    return DatasetWriter(str(folder), num_envs, Box(0, 255, (4, *FRAME), np.uint8), 4, **options)
+    return DatasetWriter(str(folder), num_envs, Box(0, 255, (4, *FRAME), np.uint8), 4, "ALE/Pong-v5", **options)
 
 
 def test_the_layout_of_the_dqn_replay_dataset(tmp_path):
@@ -82,6 +84,7 @@ def test_the_layout_of_the_dqn_replay_dataset(tmp_path):
         dataset.add(*row)
     dataset.close()
     names = {f"$store$_{name}_ckpt.0.gz" for name in STORES} | {"add_count_ckpt.0.gz", "invalid_range_ckpt.0.gz"}
+    names |= {"dataset.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
     kinds = {name: read(tmp_path, f"$store$_{name}", 0).dtype for name in STORES}
     assert kinds == {
@@ -120,7 +123,7 @@ def test_environments_fill_chunks_of_their_own_and_chunks_roll_over(tmp_path):
 
 
 def test_vectors_have_no_rows_of_zeros(tmp_path):
-    dataset = DatasetWriter(str(tmp_path), 1, Box(-1, 1, (3,), np.float32), 1)
+    dataset = DatasetWriter(str(tmp_path), 1, Box(-1, 1, (3,), np.float32), 1, "Vectors-v0")
     observations = np.random.default_rng(0).standard_normal((6, 1, 3)).astype(np.float32)
     ends = [False, False, True, False, False, True]  # the row after an end only resets
     for observation, end in zip(observations, ends):
@@ -221,3 +224,52 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path):
     writer(tmp_path, append=True).close()
     with pytest.raises(OSError):
         writer(tmp_path / "notes.txt")
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    first = writer(tmp_path / "set")
+    with pytest.raises(FileExistsError):
+        writer(tmp_path / "set")
+    first.close()
+    writer(tmp_path / "set", append=True).close()  # a resumed run
+
+
+@pytest.mark.parametrize("clip_rewards", [False, True])
+def test_environments_are_logged_as_they_pass(tmp_path, clip_rewards):
+    """Against what a plain environment with the same seed and actions gives."""
+    logging, plain = make_envs("Acrobot-v1", 2), make_envs("Acrobot-v1", 2)
+    logging = LogDataset(logging, str(tmp_path), 1, "Acrobot-v1", clip_rewards)
+    rng, rows, ended = np.random.default_rng(0), [[], []], np.zeros(2, bool)
+    (observation, _), (same, _) = plain.reset(seed=3), logging.reset(seed=3)
+    np.testing.assert_array_equal(observation, same)
+    for t in range(600):  # time-outs at 500
+        if t == 550:  # a reset from outside: new episodes
+            observation, ended = plain.reset(seed=4)[0], np.zeros(2, bool)
+            logging.reset(seed=4)
+        action = rng.integers(3, size=2)
+        following, reward, terminated, truncated, _ = plain.step(action)
+        passed = logging.step(action)
+        np.testing.assert_array_equal(passed[0], following)
+        np.testing.assert_array_equal(passed[1], reward)
+        for i in np.flatnonzero(~ended):
+            end = terminated[i] or truncated[i]
+            rows[i].append((observation[i].copy(), action[i], reward[i], end, truncated[i]))
+        observation, ended = following.copy(), terminated | truncated
+    logging.close()
+    for k in chunks(tmp_path):
+        chunk = read_chunk(tmp_path, k)
+        expected = next(own for own in rows if np.array_equal(own[0][0], chunk["observation"][0]))
+        assert_rows(chunk, expected)
+
+
+def test_logged_rewards_are_clipped_and_true_ones_pass(tmp_path):
+    class Generous(VectorWrapper):
+        def step(self, actions):
+            observation, reward, *rest = self.env.step(actions)
+            return observation, 5 * reward, *rest
+
+    envs = LogDataset(Generous(make_envs("CartPole-v1", 1)), str(tmp_path), 1, "CartPole-v1", clip_rewards=True)
+    envs.reset(seed=1)
+    assert [envs.step(np.array([0]))[1][0] for _ in range(3)] == [5, 5, 5]
+    envs.close()
+    assert read_chunk(tmp_path, 0)["reward"].tolist() == [1, 1, 1]
