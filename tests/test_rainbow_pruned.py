@@ -1,12 +1,11 @@
 """Rainbow's parts against slow or closed forms, its loop, and learning."""
 
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_main
 from gymnasium.spaces import Box, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ import rainbow_pruned as rainbow
 from utils.masks import erk_densities, prunable
 from utils.priorities import Priorities
 from utils.replay import Batch, Replay
+from utils.runs import Run
 
 CPU = torch.device("cpu")
 ATARI = Box(0, 255, (4, 84, 84), np.uint8)
@@ -25,7 +25,7 @@ TINY = {
     "learning_starts": 100,
     "target_network_frequency": 50,
     "eval_episodes": 2,
-    "cuda": False,
+    "device": "cpu",
 }
 
 
@@ -33,9 +33,13 @@ def make_args(**flags):
     return rainbow.Args(**rainbow.CLASSIC_CONTROL | flags)
 
 
+def make_network(args, space, n_actions):
+    return rainbow.make_networks(args, space, Discrete(n_actions))["q_network"]
+
+
 def atari_network(**flags):
     torch.manual_seed(0)
-    return rainbow.make_network(rainbow.Args(**flags), ATARI, 18)
+    return make_network(rainbow.Args(**flags), ATARI, 18)
 
 
 def projected_slowly(probability, place, support):
@@ -86,11 +90,11 @@ def test_loss_is_that_of_a_loop_over_the_batch(double):
     torch.manual_seed(0)
     n_actions, n_atoms, size = 3, 11, 20
     q_network, target_network = (
-        rainbow.make_network(make_args(n_atoms=n_atoms), Box(-1, 1, (4,)), n_actions) for _ in range(2)
+        make_network(make_args(n_atoms=n_atoms), Box(-1, 1, (4,)), n_actions) for _ in range(2)
     )
     with torch.no_grad():
         for network in (q_network, target_network):
-            network.head.action.weight.mul_(10)  # so that the two disagree on the best action
+            network.head.out.weight.mul_(10)  # so that the two disagree on the best action
     support = torch.linspace(-3, 5, n_atoms)
     batch = Batch(
         torch.randn(size, 4),
@@ -139,7 +143,7 @@ def test_prioritised_draws_reach_every_n_step_tail():
         changed = replay.add(
             torch.tensor([[float(t)]]), np.zeros(1, int), np.array([2.0**t]), terminal, end, torch.tensor([[t + 1.0]])
         )
-        priorities.turn_over(*changed, torch.tensor(1.0))
+        priorities.refresh(*changed, torch.tensor(1.0))
 
     expected = {}
     for episode in episodes:
@@ -221,9 +225,10 @@ def test_noisy_layers_begin_as_in_the_paper():
 def test_dueling_identity():
     """The mean over the actions is the value, and the rest is the advantages, centred (Wang et al. 2016, eq. 9)."""
     torch.manual_seed(0)
-    head = rainbow.Head(16, n_actions=6, n_atoms=51, dueling=True, linear=nn.Linear)
+    head = rainbow.Head(16, hidden=32, n_actions=6, n_atoms=51, dueling=True, linear=nn.Linear)
     x = torch.randn(8, 16)
-    logits, value, advantage = head(x), head.value(x), head.action(x).view(8, 6, 51)
+    hidden = head.dense(x).relu()
+    logits, value, advantage = head(x), head.value(hidden), head.out(hidden).view(8, 6, 51)
     assert torch.allclose(logits.mean(1), value, atol=1e-6)
     assert torch.allclose(logits - value[:, None], advantage - advantage.mean(1, keepdim=True), atol=1e-6)
 
@@ -234,7 +239,7 @@ def test_shapes_and_prunable_weights(network, flags):
     net = atari_network(network=network, **flags)
     assert net(torch.zeros(2, *ATARI.shape, dtype=torch.uint8)).shape == (2, 18, 51)
     names = set(prunable(net))
-    linear = {"dense", "head.action"} | ({"head.value"} if "dueling" in flags else set())
+    linear = {"head.dense", "head.out"} | ({"head.value"} if "dueling" in flags else set())
     suffixes = ("weight_mu", "weight_sigma") if "noisy" in flags else ("weight",)
     assert {name for name in names if "conv" not in name and "blocks" not in name} == {
         f"{layer}.{suffix}" for layer in linear for suffix in suffixes
@@ -248,142 +253,78 @@ def test_shapes_and_prunable_weights(network, flags):
 @pytest.mark.parametrize(("sparsity", "expected"), [(0.9, 0.861), (0.95, 0.930), (0.99, 0.986)])
 def test_erk_sparsity_of_the_head_at_width_3(sparsity, expected):
     shapes = {name: tuple(weight.shape) for name, weight in prunable(atari_network(width=3)).items()}
-    assert shapes["head.action.weight"] == (18 * 51, 512)
-    assert 1 - erk_densities(shapes, sparsity)["head.action.weight"] == pytest.approx(expected, abs=5e-4)
+    assert shapes["head.out.weight"] == (18 * 51, 512)
+    assert 1 - erk_densities(shapes, sparsity)["head.out.weight"] == pytest.approx(expected, abs=5e-4)
 
 
 def test_nature_network_begins_as_in_dopamine():
     """Variance scaling by 1/sqrt(3), fan-in, uniform: a variance of 1 / (sqrt(3) fan-in)."""
     net = atari_network(network="nature")
-    for layer, fan_in in ((net.conv2, 32 * 4 * 4), (net.conv3, 64 * 3 * 3), (net.dense, 7744), (net.head.action, 512)):
+    layers = {net.torso.conv2: 32 * 4 * 4, net.torso.conv3: 64 * 3 * 3, net.head.dense: 7744, net.head.out: 512}
+    for layer, fan_in in layers.items():
         assert layer.weight.var().item() == pytest.approx(1 / (math.sqrt(3) * fan_in), rel=0.03)
         assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(math.sqrt(3) / fan_in), rel=0.01)
         assert not layer.bias.any()
 
 
-class Recorder(Priorities):
-    """Priorities that write down what the loop does with them."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.calls, self.restored = [], None
-        Recorder.latest = self
-
-    def sample(self, count):
-        slots, probability = super().sample(count)
-        self.calls.append(("sample", slots.clone()))
-        return slots, probability
-
-    def update(self, slots, priority):
-        super().update(slots, priority)
-        if self.calls and self.calls[-1][0] == "sample":
-            self.calls.append(("update", slots.clone(), priority.clone()))
-
-    def turn_over(self, entered, dropped, priority):
-        self.calls.append(("turn over", priority.item()))
-        super().turn_over(entered, dropped, priority)
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.restored = self.values.clone()
+def trained(tmp_path, **flags):
+    """The model of a tiny run, and the state at each of its steps, by `on_step(run)`."""
+    folder, _ = run_main(rainbow, tmp_path, **rainbow.CLASSIC_CONTROL | TINY | flags)
+    return torch.load(folder / "model.pt", weights_only=True)
 
 
-def test_the_loop_gives_new_transitions_the_largest_priority_and_drawn_ones_that_of_their_loss(tmp_path, monkeypatch):
-    losses = []
-    td_loss = rainbow.td_loss
+def test_new_transitions_get_the_maximum_priority_and_drawn_ones_that_of_their_loss(tmp_path, monkeypatch):
+    """Against the losses that td_loss gave, in order."""
+    losses, drawn, largest = [], [], 1.0
+    td_loss, gather, advance = rainbow.td_loss, Replay.gather, Run.advance
 
-    def recording(*args):
+    def recording_loss(*args):
         result = td_loss(*args)
         losses.append(result[0].detach())
         return result
 
-    monkeypatch.setattr(rainbow, "Priorities", Recorder)
-    monkeypatch.setattr(rainbow, "td_loss", recording)
-    rainbow.main(make_args(**TINY, runs_dir=str(tmp_path)))
-    largest, drawn, updates = 1.0, None, 0
-    for kind, *what in Recorder.latest.calls:
-        if kind == "turn over":
-            assert what[0] == pytest.approx(largest)
-        elif kind == "sample":
-            drawn = what[0]
-        else:
-            slots, priority = what
-            assert torch.equal(slots, drawn)
-            assert priority.numpy() == pytest.approx(np.sqrt(losses[updates].numpy() + 1e-10), rel=1e-5)
-            largest, updates = max(largest, priority.max().item()), updates + 1
-    assert updates == len(losses) == 100 and largest > 1
+    def recording_gather(self, index):
+        drawn.append(index.clone())
+        return gather(self, index)
+
+    def check(run, step, update):
+        nonlocal largest
+        advance(run, step, update)
+        replay, values = run.state["replay"], run.state["priorities"].values
+        newest = (replay.added - replay.n_step) % replay.length
+        assert (values > 0).sum() == len(replay)  # a transition waits until its n-step window is complete
+        if losses:
+            priority = np.sqrt(losses[-1].numpy() + 1e-10)
+            largest = max(largest, priority.max())
+            last = {int(slot): p for slot, p in zip(drawn[-1], priority)}
+            for slot, p in last.items():
+                assert values[slot] == pytest.approx(p, rel=1e-5) or slot == newest or values[slot] == 0
+        if replay.is_start[newest, 0] and replay.added > replay.n_step:
+            assert values[newest] == pytest.approx(largest, rel=1e-5)
+
+    monkeypatch.setattr(rainbow, "td_loss", recording_loss)
+    monkeypatch.setattr(Replay, "gather", recording_gather)
+    monkeypatch.setattr(Run, "advance", check)
+    trained(tmp_path)
+    assert len(losses) == len(drawn) == 100 and largest > 1
 
 
 def test_the_loss_is_weighted(tmp_path, monkeypatch):
     monkeypatch.setattr(rainbow, "importance_weights", lambda probability, beta: torch.zeros(len(probability)))
-    args = make_args(**TINY, method="dense", runs_dir=str(tmp_path))
-    rainbow.main(args)
-    torch.manual_seed(args.seed)
-    untrained = rainbow.make_network(args, Box(-1, 1, (4,)), 2).state_dict()
-    model = torch.load(next(tmp_path.glob("*/model.pt")), weights_only=True)["networks"]["q_network"]
+    model = trained(tmp_path, method="dense")["networks"]["q_network"]
+    torch.manual_seed(1)
+    untrained = make_network(make_args(**TINY), Box(-1, 1, (4,)), 2).state_dict()
     assert all(torch.equal(model[name], untrained[name]) for name in untrained)
 
 
-def test_resume_restores_the_priorities_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(rainbow, "Priorities", Recorder)
-    args = make_args(**TINY, sparsity=0.9, checkpoint_every=300, runs_dir=str(tmp_path))
-    rainbow.main(args)
-    checkpoint = next(tmp_path.glob("*/checkpoint.pt"))
-    saved = torch.load(checkpoint, weights_only=True)
-    assert saved["global_step"] == 300
-    values, replayed = saved["priorities"]["values"], saved["replay"]
-    # a transition waits until its n-step window is complete
-    assert (values > 0).sum() == replayed["queue_count"]
-    assert len(values.unique()) > 50 and 1 < saved["max_priority"] == values.max()
-
-    rainbow.main(replace(args, resume=str(checkpoint)))
-    assert torch.equal(Recorder.latest.restored, values)
-    assert Recorder.latest.calls[0] == ("turn over", saved["max_priority"].item())
-    model = torch.load(checkpoint.parent / "model.pt", weights_only=True)
-    zeros = sum((~mask).sum().item() for mask in model["masks"]["q_network"].values())
-    total = sum(mask.numel() for mask in model["masks"]["q_network"].values())
-    assert zeros / total == pytest.approx(0.9, abs=1e-3)
-
-
-@pytest.mark.parametrize("flags", [{}, {"double": True, "dueling": True, "noisy": True, "n_step": 3}])
-def test_same_seed_same_weights(tmp_path, flags):
-    states = []
-    for i in range(2):
-        rainbow.main(make_args(**TINY | flags, runs_dir=str(tmp_path / str(i))))
-        path = next((tmp_path / str(i)).glob("*/model.pt"))
-        states.append(torch.load(path, weights_only=True)["networks"]["q_network"])
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_noisy_agent_explores_by_noise_alone_and_is_evaluated_without(tmp_path, monkeypatch):
-    epsilons, quiet = set(), []
-    epsilon_greedy = rainbow.epsilon_greedy
-
-    def spy(greedy, epsilon, *rest):
-        epsilons.add(epsilon)
-        before = torch.get_rng_state()
-        action = epsilon_greedy(greedy, epsilon, *rest)
-        quiet.append(torch.equal(before, torch.get_rng_state()))
-        return action
-
-    monkeypatch.setattr(rainbow, "epsilon_greedy", spy)
-    args = make_args(**TINY, noisy=True, eval_epsilon=0.5, method="random", sparsity=0.8, runs_dir=str(tmp_path))
-    rainbow.main(args)
-    assert epsilons == {0.0, 0.5}  # 0.5: the evaluation
-    training = sum(not still for still in quiet)
-    assert training >= args.total_timesteps and not any(quiet[:training]) and all(quiet[training:])
-    model = torch.load(next(Path(tmp_path).glob("*/model.pt")), weights_only=True)
+def test_a_noisy_agent_explores_by_noise_and_is_evaluated_without(tmp_path):
+    model = trained(tmp_path, noisy=True, method="random", sparsity=0.8)
     for name, mask in model["masks"]["q_network"].items():
         assert not model["networks"]["q_network"][name][~mask].any()
-    assert "dense2.weight_sigma" in model["masks"]["q_network"]
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("v_max", -1.0), ("n_atoms", 1), ("alpha", -0.1), ("beta", -1.0), ("noisy_sigma", -0.5), ("sparsity", 1.0)],
-)
-def test_a_flag_without_meaning_is_named(flag, value, capsys):
-    with pytest.raises(SystemExit):
-        rainbow.main(make_args(env_id="CartPole-v1", **{flag: value}))
-    assert f"error: --{flag.replace('_', '-')}: got {value}, takes" in capsys.readouterr().err
+    assert "head.dense.weight_sigma" in model["masks"]["q_network"]
+    network = make_network(make_args(noisy=True), Box(-1, 1, (4,)), 2)
+    policy = rainbow.make_policy(make_args(noisy=True, eval_epsilon=0.0), {"q_network": network})
+    obs, before = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32), torch.get_rng_state()
+    rngs = [np.random.default_rng(i) for i in range(50)]
+    assert policy(obs, rngs).tolist() == policy(obs, rngs).tolist()
+    assert torch.equal(before, torch.get_rng_state()) and network.training
