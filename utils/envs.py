@@ -234,6 +234,8 @@ def open_envs(args: RunFlags, action_space: type[gym.Space]) -> VectorEnv:
         fail(f"--env-id: {problem}")
     try:
         envs = make_envs(args.env_id, getattr(args, "num_envs", 1), **protocol(args))
+    except MemoryError:
+        raise
     except Exception as error:  # of whatever library the environment needs
         fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space

@@ -135,6 +135,7 @@ class Run:
         self.log_every = max(100, self.total // 1_000)
         self.latest_return, self.failed_logs = math.nan, set()
         self._open_logs()
+        stop_signal.install()
         print(f"run folder: {os.path.relpath(self.folder)}")
         self.start_step, self.start_time = self.step, time.time()
         self.time_zero = self.start_time - earlier_seconds
@@ -143,11 +144,10 @@ class Run:
             initial=self.step,
             unit=unit,
             unit_scale=True,
-            bar_format="{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
+            bar_format="{percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt} [<{remaining}, {rate_fmt}{postfix}]",
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file gets a line twice a minute
         )
-        stop_signal.install()
         Run.open.append(self)
 
     def _restore(self, saved: dict) -> float:

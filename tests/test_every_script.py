@@ -1,0 +1,298 @@
+"""What holds of every script alike: reproducible, exact masks, stopped and resumed, refusing bad input in one line."""
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import cache
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from conftest import CARTPOLE, ROOT, as_flags, run_main, run_script
+
+from utils.flags import RunFlags, check_flags, flag, parse_args, rules_of
+from utils.masks import active_count, layer_densities
+from utils.records import read_episodes, read_evaluations
+from utils.runs import Run
+
+METHODS = ("dense", "random", "gmp", "rigl", "set")
+ONLINE = CARTPOLE | {"batch_size": 16, "sparsity": 0.9}
+FLAGS = {
+    "dqn_sparse": ONLINE,
+    "rainbow_pruned": ONLINE | {"n_atoms": 11, "v_min": 0.0, "v_max": 100.0, "noisy": True},
+    "cql_pruned": {
+        "dataset": "",  # see `flags_of`
+        "env_id": "CartPole-v1",
+        "total_updates": 100,
+        "eval_every": 40,
+        "eval_episodes": 1,
+        "data_fraction": 1.0,
+        "batch_size": 16,
+        "sparsity": 0.9,
+        "device": "cpu",
+    },
+    "sac_sparse": {
+        "env_id": "Pendulum-v1",
+        "network": "mlp",
+        "total_timesteps": 500,
+        "learning_starts": 400,
+        "batch_size": 16,
+        "num_critics": 2,
+        "eval_episodes": 1,
+        "sparsity": 0.9,
+        "device": "cpu",
+    },
+}
+SCRIPTS = list(FLAGS)
+STOP = {"cql_pruned": 60, "sac_sparse": 450}  # a step in the middle of learning
+
+
+@cache
+def dataset() -> str:
+    """300 logged steps of random actions."""
+    import atexit
+    import tempfile
+    from pathlib import Path
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    flags = CARTPOLE | {"total_timesteps": 300, "start_e": 1.0, "end_e": 1.0, "save_dataset": str(folder / "data")}
+    run_main(importlib.import_module("dqn_sparse"), folder / "runs", **flags)
+    return str(folder / "data")
+
+
+def flags_of(script: str, **flags) -> dict:
+    return FLAGS[script] | ({"dataset": dataset()} if script == "cql_pruned" else {}) | flags
+
+
+def train(script: str, runs_dir, **flags):
+    return run_main(importlib.import_module(script), runs_dir, **flags_of(script, **flags))[0]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, whatever is inside of what."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_model_has_exact_masks_and_zeros_under_them(script, method, tmp_path):
+    model = load(train(script, tmp_path, method=method) / "model.pt")
+    for net, masks in model["masks"].items():
+        weights = {name: w for name, w in model["networks"][net].items() if w.ndim >= 2}
+        assert set(masks) == (set() if method == "dense" else set(weights))
+        densities = layer_densities(weights, 0.9, "erk")
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool
+            assert int(mask.sum()) == active_count(mask.numel(), densities[name]) < 1.01 * mask.numel()
+            assert not weights[name][~mask].any() and weights[name][mask].any()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_seed_same_weights_in_two_processes(script, tmp_path):
+    module, models = importlib.import_module(script), {}
+    for place, seed in (("here", 3), ("there", 3), ("other", 4)):
+        flags = as_flags(flags_of(script, method="set", seed=seed, runs_dir=str(tmp_path / place)))
+        if place == "there":
+            ended = run_script(f"{script}.py", *flags)
+            assert ended.returncode == 0, ended.stderr
+        else:
+            module.main(parse_args(module.Args, module.preset, flags))
+        models[place] = load(next((tmp_path / place).glob("*/model.pt")))
+    for part in ("networks", "masks"):
+        assert same(models["here"][part], models["there"][part])
+        assert not same(models["here"][part], models["other"][part])
+
+
+@pytest.mark.parametrize("method", ["gmp", "rigl"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_run_continues_from_the_whole_state(script, method, tmp_path, stop_at, monkeypatch):
+    stop_at(STOP.get(script, 300))
+    folder = train(script, tmp_path, method=method, diagnostics_every=50)
+    saved = load(folder / "checkpoint.pt")
+    assert not (folder / "model.pt").exists() and saved["update"] > 0
+    stop_at(None)
+
+    found = {}
+    init = Run.__init__
+
+    def restored(run, *args, **kwargs):
+        init(run, *args, **kwargs)
+        run.checkpoint()
+        found.update(load(folder / "checkpoint.pt"))
+
+    monkeypatch.setattr(Run, "__init__", restored)
+    before = read_episodes(folder)
+    train(script, tmp_path, method=method, diagnostics_every=50, resume=str(folder / "checkpoint.pt"))
+    for name in ("state", "step", "update", "rng"):
+        assert same(found[name], saved[name]), name
+    model = load(folder / "model.pt")
+    for net, masks in model["masks"].items():
+        assert all(not model["networks"][net][name][~mask].any() for name, mask in masks.items())
+    episodes = read_episodes(folder)
+    np.testing.assert_array_equal(episodes[: len(before)], before)
+    assert (np.diff(episodes[:, 0]) > 0).all() and read_evaluations(folder)[-1, 0] == run_length(script)
+
+
+def run_length(script: str) -> int:
+    return FLAGS[script].get("total_timesteps") or FLAGS[script]["total_updates"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_resumed_runs_are_the_same(script, tmp_path, stop_at):
+    stop_at(STOP.get(script, 300))
+    folder = train(script, tmp_path / "first", method="set")
+    stop_at(None)
+    copy = tmp_path / "second" / folder.name
+    shutil.copytree(folder, copy)
+    models = []
+    for each in (folder, copy):
+        train(script, each.parent, method="set", resume=str(each / "checkpoint.pt"))
+        models.append(load(each / "model.pt"))
+    assert same(models[0]["networks"], models[1]["networks"])
+    assert (folder / "episodes.csv").exists() == (script != "cql_pruned")
+    assert read_episodes(folder).tolist() == read_episodes(copy).tolist()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluations_during_training_change_nothing_of_it(script, tmp_path):
+    every = {"cql_pruned": 25, "sac_sparse": 100}.get(script, 100)
+    looked = train(script, tmp_path / "a", method="rigl", eval_every=every)
+    plain = train(script, tmp_path / "b", method="rigl", eval_every=0)
+    assert same(load(looked / "model.pt")["networks"], load(plain / "model.pt")["networks"])
+    steps = np.unique(read_evaluations(looked)[:, 0])
+    assert steps.tolist() == list(range(every, run_length(script) + 1, every))
+    last, only = read_evaluations(looked), read_evaluations(plain)
+    np.testing.assert_array_equal(last[last[:, 0] == run_length(script)][-1], only[-1])  # the same episode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends(script, number, tmp_path):
+    if number != signal.SIGTERM and script != "dqn_sparse":
+        pytest.skip("one script is enough for the other signals")
+    length = {"total_updates": 1_500} if script == "cql_pruned" else {"total_timesteps": 3_000}
+    flags = flags_of(script, runs_dir=str(tmp_path), **length)
+    if script == "sac_sparse":
+        flags |= {"total_timesteps": 1_000}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, f"{script}.py", *as_flags(flags)], cwd=ROOT, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("run folder"):
+                break
+        process.send_signal(number)
+        process.send_signal(number)  # nervous: an echo of the first
+        process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "model.pt").exists()
+    ended = run_script(f"{script}.py", "--resume", str(folder / "checkpoint.pt"))
+    assert ended.returncode == 0, ended.stderr
+    assert (folder / "model.pt").exists() and (folder / "curve.png").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_that_diverges_is_an_error_and_keeps_the_last_checkpoint(script, tmp_path):
+    rate = {"policy_lr": 1e30, "q_lr": 1e30} if script == "sac_sparse" else {"learning_rate": 1e30}
+    first = {"cql_pruned": 1, "sac_sparse": 100}.get(script, 50)
+    length = {} if script == "cql_pruned" else {"total_timesteps": 1_500}
+    flags = flags_of(script, checkpoint_every=first, runs_dir=str(tmp_path), **rate, **length)
+    if script == "cql_pruned":
+        flags |= {"total_updates": 300, "eval_every": 0}
+    ended = run_script(f"{script}.py", *as_flags(flags))
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: ")
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "model.pt").exists()
+    if (folder / "checkpoint.pt").exists():
+        state = load(folder / "checkpoint.pt")["state"]
+        networks = state.get("networks", {"q_network": state.get("q_network")})
+        assert all(weight.isfinite().all() for network in networks.values() for weight in network.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_input_in_a_process_of_its_own(script, tmp_path):
+    flags = flags_of(script, sparsity=1.0, runs_dir=str(tmp_path / "runs"))
+    ended = run_script(f"{script}.py", *as_flags(flags))
+    assert ended.returncode == 2 and not list(tmp_path.iterdir())
+    assert ended.stderr.startswith("error: --sparsity: ") and ended.stderr.count("\n") == 1
+
+
+BAD = {int: (-1, -(10**9)), float: (-1.0, float("nan"), float("inf"))}
+FREE = {"v_min", "v_max", "target_entropy"}  # may be negative
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_among_the_flags_has_a_range_that_refuses(script, capsys):
+    args_class = importlib.import_module(script).Args
+    checked = 0
+    for name, kind in get_type_hints(args_class).items():
+        number = next((number for number in (int, float) if kind in (number, number | None)), None)
+        if number is None:
+            continue
+        assert name in FREE or rules_of(get_type_hints(args_class, include_extras=True)[name]), name
+        for value in BAD[number][name in FREE :]:
+            with pytest.raises(SystemExit) as ended:
+                check_flags(args_class(**{name: value}))
+            assert ended.value.code == 2 and capsys.readouterr().err.startswith(f"error: {flag(name)}: ")
+            checked += 1
+    assert checked > 30
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [("prune_start", "prune_end"), ("v_min", "v_max"), ("learning_starts", "total_timesteps")],
+)
+def test_flags_that_must_exceed_another(script, low, high, capsys):
+    args_class = importlib.import_module(script).Args
+    if not hasattr(args_class, low):
+        pytest.skip("it has no such flags")
+    value = getattr(args_class, high)
+    with pytest.raises(SystemExit):
+        check_flags(args_class(**{low: value}))
+    assert capsys.readouterr().err.startswith(f"error: {flag(high)}: ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_presets_yield_to_the_command_line(script):
+    module = importlib.import_module(script)
+    given = ["--dataset", dataset()] if script == "cql_pruned" else []
+    given += ["--env-id", FLAGS[script]["env_id"]]
+    preset = module.preset(parse_args(module.Args, module.preset, given))
+    args = parse_args(module.Args, module.preset, [*given, "--batch-size", "7"])
+    assert args.batch_size == 7
+    assert {name: getattr(args, name) for name in preset if name != "batch_size"} == {
+        name: value for name, value in preset.items() if name != "batch_size"
+    }
+    default = module.Args.batch_size
+    assert parse_args(module.Args, module.preset, [*given, "--batch-size", str(default)]).batch_size == default
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_defaults_of_the_environment_that_is_given(script, tmp_path):
+    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", FLAGS[script]["env_id"]]
+    ended = run_script(f"{script}.py", *given, "--help")
+    module = importlib.import_module(script)
+    episodes = {"sac_sparse": module.PENDULUM}.get(script) if script == "sac_sparse" else module.CLASSIC_CONTROL
+    assert ended.returncode == 0 and f"(default: {episodes['eval_episodes']})" in ended.stdout
+
+
+def test_running_flags_are_the_same_in_every_script():
+    for script in SCRIPTS:
+        assert issubclass(importlib.import_module(script).Args, RunFlags)
