@@ -29,7 +29,7 @@ def test_flops_of_the_nature_network():
 
 def test_flops_of_sac():
     actor = 2 * (17 * 256 + 256 * 256 + 256 * 12)
-    critics = 2 * 2 * (23 * 256 + 256 * 256)  # two; the head is a sum, not a matrix product
+    critics = 2 * 2 * (23 * 256 + 256 * 256 + 256)
     actor_loss = actor + critics + critics + 2 * actor - 2 * 17 * 256  # the critics' weights get no gradient
     critic_loss = actor + critics + critics + 2 * critics - 2 * 2 * 23 * 256
     assert update_cost("sac-mlp", 1, False, CPU)[0] == 256 * (actor_loss + critic_loss)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from utils.flags import RunFlags
+
 ROOT = Path(__file__).parent.parent
-RUNNING = {"env_id", "seed", "cuda", "runs_dir", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-RUNNING |= {"resume", "save_dataset", "dataset", "capture_video", "diagnostics_every", "cuda_graph", "tf32"}
+RUNNING = {field.name for field in dataclasses.fields(RunFlags)} - {"eval_every", "eval_episodes"}
+RUNNING |= {"env_id", "seed", "dataset", "save_dataset"}
 
 
 def shown(value):
@@ -21,9 +23,9 @@ def shown(value):
 @pytest.mark.parametrize(
     ("script", "presets"),
     [
-        ("dqn_sparse", ["CLASSIC_CONTROL"]),
+        ("dqn_sparse", ["MINATAR", "CLASSIC_CONTROL"]),
         ("sac_sparse", ["CLEANRL", "PENDULUM"]),
-        ("rainbow_pruned", ["CLASSIC_CONTROL"]),
+        ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
     ],
 )

@@ -89,8 +89,8 @@ SAC = {
     "learning_starts": 200,
     "batch_size": 16,
     "eval_episodes": 1,
-    "utd": 4.0,
-    "cuda": False,
+    "replay_ratio": 4.0,
+    "device": "cpu",
 }
 ATARI = {"env_id": "ALE/Pong-v5", "network": "nature", "method": "random", "replay_ratio": 0.1, "batch_size": 4}
 RUNS = {
@@ -101,7 +101,10 @@ RUNS = {
     "rainbow noisy": (rainbow_pruned, CARTPOLE | {"method": "random", "noisy": True, "dueling": True}),
     "sac gmp": (sac_sparse, SAC | {"method": "gmp", "num_envs": 2}),
     "sac rigl": (sac_sparse, SAC | {"method": "rigl"}),
-    "ddpg simba": (sac_sparse, SAC | {"algorithm": "ddpg", "network": "simba", "method": "random", "utd": 0.5}),
+    "ddpg simba": (
+        sac_sparse,
+        SAC | {"algorithm": "ddpg", "network": "simba", "method": "random", "replay_ratio": 0.5},
+    ),
 }
 
 
@@ -116,7 +119,7 @@ def test_replays_train_the_same_weights(run, tmp_path, monkeypatch):
 
 def test_replays_train_the_same_weights_offline(train, tmp_path, monkeypatch):
     train(save_dataset=str(tmp_path / "data"))
-    flags = {"dataset": str(tmp_path / "data"), "network": "mlp", "total_updates": 400, "eval_every": 50}
+    flags = {"dataset": str(tmp_path / "data"), "total_updates": 400, "eval_every": 50}
     flags |= {"loss": "c51", "method": "gmp"}
     eager = trained(cql_pruned, tmp_path / "eager", flags)
     monkeypatch.setattr(cql_pruned, "cuda_graph", recorded_on_cpu)
@@ -124,38 +127,27 @@ def test_replays_train_the_same_weights_offline(train, tmp_path, monkeypatch):
     assert same(eager["networks"], replayed["networks"]) and same(eager["masks"], replayed["masks"])
 
 
-class FakeGraph:
-    """Stands for torch.cuda.CUDAGraph: counts what is asked of it."""
+def test_a_capture_that_fails_is_a_note_and_training_continues(tmp_path, monkeypatch, capsys):
+    """On a machine without CUDA every capture fails; streams are replaced, as there are none."""
 
-    replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-
-
-def test_the_fourth_call_records_and_each_later_one_replays(monkeypatch):
-    made, recorded = [], []
-
-    @contextlib.contextmanager
-    def recording(graph, stream):
-        recorded.append(graph)
-        yield
-
-    class FakeStream:
+    class NoStream:
         def wait_stream(self, other) -> None: ...
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(FakeGraph()) or made[-1])
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    def refuse(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    ran = []
-    call = graphs.cuda_graph(lambda: ran.append(None), enabled=True)
-    for number in range(1, 11):
-        call()
-        assert len(ran) == min(number, 4)  # eager, eager, eager, recorded
-        assert made[0].replays == max(0, number - 3)
-    assert recorded == made
+    expected = trained(dqn_sparse, tmp_path / "eager", DQN)
+    monkeypatch.setattr(dqn_sparse, "cuda_graph", lambda function, enabled: graphs.cuda_graph(function, True))
+    capsys.readouterr()
+    found = trained(dqn_sparse, tmp_path / "refused", DQN)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and all("not permitted" in line for line in notes)  # the update's and the policy's
+    assert same(expected["networks"], found["networks"]) and same(expected["masks"], found["masks"])
 
 
 def test_without_a_gpu_the_function_is_itself():
@@ -169,7 +161,10 @@ def test_without_a_gpu_the_function_is_itself():
 @pytest.mark.parametrize("run", RUNS)
 def test_on_a_gpu_graphs_train_the_same_weights(run, tmp_path):
     script, flags = RUNS[run]
-    flags = flags | {"cuda": True, "tf32": False}
+    # The first updates: later on, one rounding error may flip an action, and with it everything
+    learning_starts = flags["learning_starts"]
+    flags = flags | {"device": "cuda", "tf32": False, "total_timesteps": learning_starts + 20, "target_entropy": -1.0}
+    flags = {name: value for name, value in flags.items() if hasattr(script.Args, name)}
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         eager, replayed = (

@@ -196,13 +196,9 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
     """The schedule is that of the new length: what was pruned stays pruned, and the final sparsity is reached. Rows of
     the logs that came after the checkpoint are dropped."""
     old = load(stopped / "checkpoint.pt")["state"]["masks"]
-    for name, row in (
-        ("episodes.csv", "310,-7,10"),
-        ("scalars.csv", "310,9.0,losses/td_loss,5"),
-        ("episodes.csv", "311"),
-    ):
+    for name, rows in (("episodes.csv", "310,-7,10\n311"), ("scalars.csv", "310,9.0,losses/td_loss,5\n")):
         with (stopped / name).open("a") as file:
-            file.write(f"{row}\n")
+            file.write(rows)
     train(method="gmp", sparsity=0.9, total_timesteps=900, resume=str(stopped / "checkpoint.pt"))
     masks = load(stopped / "model.pt")["masks"]["q_network"]
     assert sum(map(torch.sum, masks.values())) / sum(map(torch.numel, masks.values())) == pytest.approx(0.1, abs=1e-4)
@@ -216,9 +212,8 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
 def test_a_new_method_of_a_fork_resumes(tmp_path):
     """utils knows no method by name."""
     source = (ROOT / "dqn_sparse.py").read_text()
-    fork = source.replace('"gmp", "rigl"', '"gmp", "linear", "rigl"').replace(
-        'method == "gmp"', 'method in ("gmp", "linear")'
-    )
+    fork = source.replace('"gmp", "rigl"', '"gmp", "linear", "rigl"')
+    fork = fork.replace('method == "gmp"', 'method in ("gmp", "linear")')
     (tmp_path / "linear_dqn.py").write_text(fork)
     flags = [*TINY, "--method", "linear", "--sparsity", "0.9", "--runs-dir", str(tmp_path / "runs")]
     flags += ["--checkpoint-every", "300"]
