@@ -1,10 +1,11 @@
 """What random masks, gradual magnitude pruning and RigL do to the weights while DQN learns CartPole: docs/methods.png.
 
-    python -m docs.methods_figure
+    python -m docs.methods_figure [--out docs/methods.png]
 
-Trains three agents with dqn_sparse.py, half a minute each, and takes the masks from their checkpoints.
+Trains three agents with dqn_sparse.py, half a minute each, and records their masks on the way.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -18,39 +19,42 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 import dqn_sparse
-from utils import checkpoints
+from utils.runs import Run
 
 METHODS = {
     "random": "Random mask\ndrawn once, never changes",
-    "gmp": "Gradual magnitude pruning\nthe smallest weights go, for good",
-    "rigl": "RigL\nthe smallest give way to new ones",
+    "gmp": "Gradual magnitude pruning\nremoves the smallest weights for good",
+    "rigl": "RigL\nreplaces the smallest by new ones",
 }
-STEPS, EVERY, LAYER, WEIGHTS = 20_000, 100, "dense2.weight", 100
-STATES = {"never alive": "#FFFFFF", "removed": "#D9D9D9", "alive from the start": "#0072B2", "grown later": "#E69F00"}
+STEPS, EVERY, LAYER, WEIGHTS = 20_000, 100, "head.dense.weight", 100
+STATES = {"never active": "#FFFFFF", "removed": "#D9D9D9", "active from the start": "#0072B2", "grown later": "#E69F00"}
 
 
 def masks_over_time(method: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """Agent steps (n,), and at each of them all masks of a run of `method`, flat, with those of LAYER first."""
     steps, masks = [], []
+    advance = Run.advance
 
-    def keep(content: dict, path: Path) -> None:
-        if path.name == "checkpoint.pt":
-            layers = sorted(content["masks"], key=lambda name: name != LAYER)
-            masks.append(torch.cat([content["masks"][name].flatten() for name in layers]).numpy())
-            steps.append(content["global_step"])
+    def record(run: Run, step: int, update: int) -> None:
+        advance(run, step, update)
+        if run.due(EVERY):
+            layers = sorted(run.state["masks"], key=lambda name: name != LAYER)
+            masks.append(torch.cat([run.state["masks"][name].flatten() > 0 for name in layers]).numpy())
+            steps.append(step)
 
-    checkpoints.save_atomically = keep  # in place of writing each checkpoint over the one before it
-    flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "total_timesteps": STEPS}
-    flags |= {"method": method, "sparsity": 0.8, "checkpoint_every": EVERY, "cuda": False}
-    with tempfile.TemporaryDirectory() as folder:
-        returns = dqn_sparse.main(dqn_sparse.Args(**flags, runs_dir=folder))
-    if not len(returns):
-        raise SystemExit("stopped; nothing is drawn")
+    Run.advance = record
+    flags = dqn_sparse.CLASSIC_CONTROL | {"env_id": "CartPole-v1", "total_timesteps": STEPS, "eval_episodes": 1}
+    flags |= {"method": method, "sparsity": 0.8, "device": "cpu"}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            dqn_sparse.main(dqn_sparse.Args(**flags, runs_dir=folder))
+    finally:
+        Run.advance = advance
     return np.array(steps), masks
 
 
 def states(alive: np.ndarray) -> np.ndarray:
-    """Which of STATES each weight is in, from whether it is alive (n, weights): uint8 of the same shape."""
+    """Which of STATES each weight is in, from whether it is active (n, weights): uint8 of the same shape."""
     ever = np.logical_or.accumulate(alive)
     return np.where(alive, np.where(np.logical_and.accumulate(alive), 2, 3), ever).astype(np.uint8)
 
@@ -67,19 +71,22 @@ def draw(axes: np.ndarray, steps: np.ndarray, masks: list[np.ndarray], title: st
     axes[0].set_yticks([])
 
     ever = np.zeros_like(masks[0])
-    shares = []
+    fractions = []
     for mask in masks:
         ever |= mask
-        shares.append((mask.mean(), ever.mean()))
-    now, so_far = 100 * np.array(shares).T
+        fractions.append((mask.mean(), ever.mean()))
+    now, so_far = 100 * np.array(fractions).T
     axes[1].fill_between(steps, now, color="#0072B2", alpha=0.25, linewidth=0)
-    axes[1].plot(steps, now, color="#0072B2", linewidth=2, label="alive now")
-    axes[1].plot(steps, so_far, "--", color="#D55E00", linewidth=2, label="ever alive so far")
+    axes[1].plot(steps, now, color="#0072B2", linewidth=2, label="active now")
+    axes[1].plot(steps, so_far, "--", color="#D55E00", linewidth=2, label="ever active so far")
     axes[1].set(xlabel="agent steps", xlim=(0, steps[-1]), ylim=(0, 105), xticks=range(0, STEPS + 1, 5_000))
     axes[1].spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("methods.png"))
+    args = parser.parse_args()
     figure, panels = plt.subplots(
         2, 3, figsize=(10, 5.4), sharex="col", height_ratios=(3, 2), layout="constrained", sharey="row"
     )
@@ -90,7 +97,7 @@ def main() -> None:
     panels[1, 0].legend(frameon=False, loc="upper left")
     patches = [Patch(facecolor=color, edgecolor="grey", label=name) for name, color in STATES.items()]
     figure.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False, title="each row is one weight")
-    figure.savefig("docs/methods.png", dpi=130)
+    figure.savefig(args.out, dpi=130)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 
 from utils.flags import RunFlags
 
@@ -50,3 +51,11 @@ def test_hyperparameter_table_is_that_of_the_script(script, presets):
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_readme_says_how_much_a_fork_brings_along():
+    """The lines of utils that a run of dqn_sparse.py loads, to the nearest hundred."""
+    code = "import sys, dqn_sparse, utils.curves as c\nfor name in sys.modules: name[:6] == 'utils.' and print(name)"
+    loaded = run_script("-c", code).stdout.split()
+    lines = sum(len((ROOT / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in loaded)
+    assert f"needs the {round(lines, -2):,} lines in `utils/`" in " ".join((ROOT / "README.md").read_text().split())

@@ -241,7 +241,7 @@ def test_states_of_weights_over_time():
     alive = np.array([[1, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1]], dtype=bool)  # time downwards
     names = list(methods_figure.STATES)
     never, removed, start, grown = range(4)
-    assert names == ["never alive", "removed", "alive from the start", "grown later"]
+    assert names == ["never active", "removed", "active from the start", "grown later"]
     assert methods_figure.states(alive).T.tolist() == [
         [start, start, start],
         [start, removed, removed],

@@ -1,0 +1,98 @@
+"""Disturbs runs at random moments and checks that nothing is lost.
+
+    python benchmarks/chaos.py [--runs 20] [--script dqn_sparse.py] [--seed 0]
+
+Each run is killed (SIGKILL) or asked to stop (SIGTERM, SIGINT, SIGHUP, once or twice) after a random time, resumed, and
+disturbed again, until it ends by itself. Then its files are checked: a whole model, every episode once and in order,
+and exit codes that told finished from stopped.
+"""
+
+import argparse
+import collections
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils.records import read_episodes, read_evaluations
+
+FLAGS = "--total-timesteps 6000 --learning-starts 500 --checkpoint-every 500 --eval-episodes 2 --sparsity 0.9"
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def disturbed(command: list[str], rng: random.Random) -> tuple[str, int]:
+    """Runs a command and sends it a signal after a random time; what was sent ("none" if it ended before), exit code."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        number, twice = rng.choice(SIGNALS), rng.random() < 0.3
+        try:
+            process.communicate(timeout=rng.uniform(3, 14))
+            return "none", process.returncode
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            time.sleep(rng.uniform(0, 0.5))
+            if twice and process.poll() is None:
+                process.send_signal(number)
+            process.communicate()
+            return signal.Signals(number).name + (" twice" if twice else ""), process.returncode
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with a finished run's files; an empty list if nothing is."""
+    problems = []
+    try:
+        torch.load(folder / "model.pt", weights_only=True)
+    except Exception as error:
+        problems.append(f"model.pt: {error}")
+    episodes = read_episodes(folder)
+    if not (np.diff(episodes[:, 0]) > 0).all() or len(episodes) < 20:
+        problems.append("episodes.csv: out of order, twice, or lost")
+    if len(read_evaluations(folder)) != 2:
+        problems.append("evaluations.csv: not the final evaluation")
+    if list(folder.glob("*.part")):
+        problems.append("a .part file is left")
+    return problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--script", default="dqn_sparse.py")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rng, sent, problems = random.Random(args.seed), collections.Counter(), []
+    for number in range(args.runs):
+        with tempfile.TemporaryDirectory() as runs_dir:
+            start = [sys.executable, args.script, "--env-id", "CartPole-v1", *FLAGS.split(), "--runs-dir", runs_dir]
+            while True:
+                checkpoints = list(Path(runs_dir).glob("*/checkpoint.pt"))
+                command = [sys.executable, args.script, "--resume", str(checkpoints[0])] if checkpoints else start
+                what, code = disturbed(command, rng)
+                sent[what] += 1
+                expected = {0} | ({128 + n for n in SIGNALS} | {-n for n in SIGNALS} if what != "none" else set())
+                if code not in expected:
+                    problems.append(f"run {number}: {what}: exit code {code}")
+                finished = [path.parent for path in Path(runs_dir).glob("*/model.pt")]
+                if what == "none" or (finished and code == 0):
+                    break
+            if len(finished) != 1:
+                problems.append(f"run {number}: {len(finished)} models")
+            problems += [f"run {number}: {problem}" for folder in finished for problem in problems_of(folder)]
+    print("| signal | sent |\n|---|--:|")
+    for what, count in sorted(sent.items()):
+        print(f"| {what} | {count} |")
+    print(f"\n{args.runs} runs, {len(problems)} problems")
+    print("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
