@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.records import read_episodes, read_evaluations
 
+ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--total-timesteps 6000 --learning-starts 500 --checkpoint-every 500 --eval-episodes 2 --sparsity 0.9"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def disturbed(command: list[str], rng: random.Random) -> tuple[str, int]:
-    """Runs a command and sends it a signal after a random time; what was sent ("none" if it ended before), exit code."""
+    """Sends a command a signal after a random time; what was sent ("none" if it ended before), and its exit code."""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         number, twice = rng.choice(SIGNALS), rng.random() < 0.3
         try:
