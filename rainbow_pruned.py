@@ -165,7 +165,7 @@ MINATAR = {
 CLASSIC_CONTROL = {
     "eval_episodes": 20,
     "total_timesteps": 30_000,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "batch_size": 64,
     "buffer_size": 30_000,
     "learning_starts": 1_000,
