@@ -303,26 +303,35 @@ def test_a_lost_life_is_told():
 
 
 class Broken(gym.Env):
-    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
-    how = "raises"
+    """Fails at its first reset or later, by an error or by the number `value`."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,), np.float64), gym.spaces.Discrete(2)
+    how, value = "", np.nan
 
     def reset(self, *, seed=None, options=None):
-        return np.zeros(1, np.float32), {}
+        if self.how == "reset raises":
+            raise RuntimeError("the simulation exploded\nand more")
+        return np.array([self.value if self.how == "first obs" else 0.0]), {}
 
     def step(self, action):
-        if self.how == "raises":
+        if self.how == "step raises":
             raise RuntimeError("the simulation exploded\nand more")
-        return np.float32([np.nan if self.how == "obs" else 0]), np.nan if self.how == "reward" else 0, False, False, {}
+        obs, reward = (self.value if self.how == name else 0.0 for name in ("obs", "reward"))
+        return np.array([obs]), reward, False, False, {}
 
 
-@pytest.mark.parametrize("how", ["raises", "obs", "reward"])
-def test_a_broken_environment_is_an_error_of_its_own(how, monkeypatch):
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])  # the last is infinite in float32
+@pytest.mark.parametrize("how", ["reset raises", "step raises", "first obs", "obs", "reward"])
+def test_a_broken_environment_is_an_error_of_its_own(how, value, monkeypatch):
     gym.register("Broken-v0", Broken) if "Broken-v0" not in gym.registry else None
-    monkeypatch.setattr(Broken, "how", how)
+    monkeypatch.setattr(Broken, "value", value)
     envs = open_envs(flags("Broken-v0"), gym.spaces.Discrete)
     envs.reset()
-    with pytest.raises(EnvironmentFailed) as error:
-        envs.step(np.array([0]))
-    assert "\n" not in str(error.value)
+    envs.step(np.array([0]))
     with pytest.raises(Diverged):
         envs.step(np.array([np.nan]))
+    monkeypatch.setattr(Broken, "how", how)
+    with pytest.raises(EnvironmentFailed) as error:
+        envs.reset()
+        envs.step(np.array([0]))
+    assert "\n" not in str(error.value)

@@ -190,7 +190,7 @@ class TrainingEnvs(VectorWrapper):
     """Checks everything that passes, and adds `infos["life_lost"]` (num_envs,) bool, all False but in Atari games.
 
     Raises:
-        EnvironmentFailed: from `step`, in one line.
+        EnvironmentFailed: from `reset` and `step`, in one line.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
@@ -198,22 +198,30 @@ class TrainingEnvs(VectorWrapper):
         self.lives = np.zeros(envs.num_envs)
 
     def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
-        observation, infos = self.env.reset(**kwargs)
+        observation, infos = self._call(self.env.reset, **kwargs)
+        self._check("an observation", observation)
         self.lives = infos.get("lives", self.lives)
         return observation, infos
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         if not np.isfinite(actions).all():
             raise Diverged("the policy gave an action that is not finite")
-        try:
-            observation, reward, terminated, truncated, infos = self.env.step(actions)
-        except Exception as error:  # every simulator has its own
-            raise EnvironmentFailed(f"the environment failed: {type(error).__name__}: {first_line(error)}") from error
-        if not (np.isfinite(reward).all() and (observation.dtype == np.uint8 or np.isfinite(observation).all())):
-            raise EnvironmentFailed("the environment gave an observation or a reward that is not finite")
+        observation, reward, terminated, truncated, infos = self._call(self.env.step, actions)
+        self._check("an observation", observation)
+        self._check("a reward", reward)
         lives = infos.get("lives", self.lives)
         infos["life_lost"], self.lives = lives < self.lives, lives
         return observation, reward, terminated, truncated, infos
+
+    def _call(self, function: Callable, *args, **kwargs) -> tuple:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # every simulator has its own
+            raise EnvironmentFailed(f"the environment failed: {type(error).__name__}: {first_line(error)}") from error
+
+    def _check(self, what: str, values: np.ndarray) -> None:
+        if values.dtype != np.uint8 and not (np.abs(values) <= np.finfo(np.float32).max).all():  # NaN neither
+            raise EnvironmentFailed(f"the environment gave {what} that is not a finite float32 number")
 
 
 def protocol(args: RunFlags) -> dict[str, float]:
