@@ -29,8 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from utils.offline.read import dataset_env_id, read_dataset
-from utils.offline.replay import OfflineReplay
 
 from utils.diagnostics import EverActive, diagnose
 from utils.envs import Policy, atari_game, open_envs, stack_size
@@ -50,6 +48,8 @@ from utils.flags import (
 from utils.graphs import cuda_graph
 from utils.launch import launch
 from utils.masks import active_count, apply_masks, keep_largest, layer_densities, mask_table, prunable, random_mask
+from utils.offline.read import dataset_env_id, read_dataset
+from utils.offline.replay import OfflineReplay
 from utils.replay import Batch, to_device
 from utils.runs import Run, choose_device
 
