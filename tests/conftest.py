@@ -31,12 +31,28 @@ torch.set_num_threads(1)  # small tensors; and other processes want a core too
 
 
 def as_flags(values: dict) -> list[str]:
-    """{"n_step": 3, "device": "cpu"} -> ["--n-step", "3", "--no-cuda"]"""
+    """{"n_step": 3, "double": False} -> ["--n-step", "3", "--no-double"]"""
     flags = []
     for name, value in values.items():
         name = name.replace("_", "-")
         flags += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return flags
+
+
+def load(path: Path) -> dict:
+    """What a checkpoint or a model holds."""
+    return torch.load(path, weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the last bit, whatever is inside of what."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
 
 
 def run_script(*command: str) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load
 from gymnasium.spaces import Box, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -555,11 +556,11 @@ def test_a_random_mask_never_moves(watch):
 
 def test_one_shot_pruning(train):
     folder = train(method="gmp", sparsity=0.9, prune_start=0.5, prune_end=0.5001)
-    masks = torch.load(folder / "model.pt", weights_only=True)["masks"]["q_network"]
+    masks = load(folder / "model.pt")["masks"]["q_network"]
     assert sum(counts(masks).values()) == sum(n - math.floor(0.9 * n) for n in SIZE.values())
 
 
 def test_dense_has_no_masks(train):
-    model = torch.load(train(method="dense") / "model.pt", weights_only=True)
+    model = load(train(method="dense") / "model.pt")
     assert model["masks"] == {"q_network": {}}
     assert all(weight.all() for name, weight in model["networks"]["q_network"].items() if name.endswith("weight"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CARTPOLE, run_main
+from conftest import CARTPOLE, load, run_main, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cql_pruned
@@ -70,14 +70,8 @@ def recorded_on_cpu(function, enabled):
     return replayed
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(
-        same(a[k], b[k]) if isinstance(a[k], dict) else torch.equal(a[k], b[k]) for k in a
-    )
-
-
 def trained(script, runs_dir: Path, flags: dict) -> dict:
-    return torch.load(run_main(script, runs_dir, **flags)[0] / "model.pt", weights_only=True)
+    return load(run_main(script, runs_dir, **flags)[0] / "model.pt")
 
 
 # 400 updates, so that several lie between two changes of a mask

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_main
+from conftest import load, run_main
 from gymnasium.spaces import Box, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -270,7 +270,7 @@ def test_nature_network_begins_as_in_dopamine():
 def trained(tmp_path, **flags):
     """The model of a tiny run, and the state at each of its steps, by `on_step(run)`."""
     folder, _ = run_main(rainbow, tmp_path, **rainbow.CLASSIC_CONTROL | TINY | flags)
-    return torch.load(folder / "model.pt", weights_only=True)
+    return load(folder / "model.pt")
 
 
 def test_new_transitions_get_the_maximum_priority_and_drawn_ones_that_of_their_loss(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, ROOT, as_flags, run_script
+from conftest import CARTPOLE, ROOT, as_flags, load, run_script
 
 import dqn_sparse
 from dqn_sparse import Args, preset
@@ -22,10 +22,6 @@ from utils.records import read_episodes, read_evaluations, read_scalars, trainin
 from utils.runs import Run, StopSignal
 
 TINY = as_flags(CARTPOLE)
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def files(folder) -> dict:
@@ -207,6 +203,13 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
     assert (np.diff(episodes[:, 0]) > 0).all() and episodes[:, 1].min() > 0
     assert episodes[0, 0] < 300 < episodes[-1, 0] <= 900
     assert 310 not in read_scalars(stopped)["losses/td_loss"][:, 0]
+
+
+def test_a_run_cut_too_short_to_reach_its_sparsity_is_an_error(train, stopped):
+    """The end of its pruning would have been before the checkpoint."""
+    with pytest.raises(SystemExit) as ended:
+        train(method="gmp", sparsity=0.9, total_timesteps=320, resume=str(stopped / "checkpoint.pt"))
+    assert ended.value.code and (stopped / "model.pt").exists()
 
 
 def test_a_new_method_of_a_fork_resumes(tmp_path):
