@@ -135,9 +135,9 @@ class Run:
             self.folder = new_folder(Path(args.runs_dir).expanduser(), args.env_id, self.script.stem, args.seed)
         self.log_every = max(100, self.total // 1_000)
         self.latest_return, self.failed_logs = math.nan, set()
-        self._open_logs()
         if wandb:
             self._start_wandb(wandb)
+        self._open_logs()
         stop_signal.install()
         print(f"run folder: {os.path.relpath(self.folder)}")
         self.start_step, self.start_time = self.step, time.time()
@@ -197,9 +197,9 @@ class Run:
                 id=self.folder.name,
                 resume="allow",
                 config=asdict(self.args),
-                sync_tensorboard=True,
+                sync_tensorboard=True,  # of the writer that is made after this
+                save_code=True,
             )
-            wandb.save(str(self.folder / self.script.name), base_path=str(self.folder))
         except Exception as error:  # no network, no login, ...: its own errors are many
             fail(f"--track: Weights & Biases does not start: {first_line(error)}")
 
