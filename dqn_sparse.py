@@ -467,7 +467,8 @@ def main(args: Args) -> np.ndarray:
         global_step += int((~done).sum())
 
         # Updates come before the environments' step, so that a GPU computes while the environments play
-        while update < int((global_step - args.learning_starts) * args.replay_ratio) and not run.stopping:
+        updates_due = int((global_step - args.learning_starts) * args.replay_ratio) if len(replay) else 0
+        while update < updates_due and not run.stopping:
             if masks and mask_update_due(update, mask_start, mask_end, mask_interval):
                 losses = learn(mask_progress=(update - mask_start) / (mask_end - mask_start))
             else:

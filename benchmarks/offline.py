@@ -1,4 +1,4 @@
-"""What the data of cql_pruned.py cost: preparation beside `gzip -dc`, memory over the kept set, sampling in an update.
+"""What the data of cql_pruned.py cost: preparation against `gzip -dc`, memory, and sampling in an update.
 
     python benchmarks/offline.py [--rows 50000] [--fraction 1.0] [--network nature] [--rounds 5]
 

@@ -280,3 +280,12 @@ def test_help_shows_the_defaults_of_the_environment_that_is_given(script, tmp_pa
 def test_running_flags_are_the_same_in_every_script():
     for script in SCRIPTS:
         assert issubclass(importlib.import_module(script).Args, RunFlags)
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "cql_pruned"])
+def test_learning_waits_for_the_first_whole_transitions(script, tmp_path):
+    """More environments, and longer returns, than steps before learning: there is nothing to draw at first."""
+    flags = {"num_envs": 16, "learning_starts": 1, "total_timesteps": 400}
+    flags |= {} if script == "sac_sparse" else {"n_step": 5}
+    model = load(train(script, tmp_path, **flags) / "model.pt")
+    assert all(weight.isfinite().all() for network in model["networks"].values() for weight in network.values())

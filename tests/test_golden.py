@@ -62,8 +62,18 @@ def this_platform() -> dict[str, str]:
     return {
         "torch": torch.__version__.split("+")[0],
         "numpy": np.__version__.rsplit(".", 1)[0],
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {cpu_model()}",
     }
+
+
+def cpu_model() -> str:
+    """Libraries choose their kernels by it, and kernels round each in their own way."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = [line.split(":")[1].strip() for line in lines if line.startswith(("model name", "cpu family", "model\t"))]
+    return ", ".join(dict.fromkeys(wanted))
 
 
 def fingerprint(case: str, method: str, folder: Path) -> dict:

@@ -105,7 +105,7 @@ def test_tracking_without_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit) as ended:
         dqn_sparse.main(Args(**CARTPOLE, track=True, runs_dir=str(tmp_path)))
-    assert ended.value.code == 2 and "--track" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--track" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_run_does_not_die_of_its_logs(train, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Files that survive a kill: checkpoints and models, written beside and renamed; and the state that goes into them."""
+"""Files that survive a kill, written under another name and renamed; and the state that goes into checkpoints."""
 
 import os
 import pickle
@@ -13,33 +13,33 @@ CONTENT = {"script", "args", "state", "step", "update", "seconds", "rng"}  # of 
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save` beside `path`, then a rename: a kill at any moment leaves the old file or the new one.
+    """`torch.save` to a temporary name, then a rename: a kill at any moment leaves the old file or the new one.
 
     Raises:
         OSError, RuntimeError: it cannot be written; `path` is as it was.
     """
-    beside = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + ".part")
     try:
-        with beside.open("wb") as file:
+        with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(text: str, path: Path) -> None:
     """Replaces a text file: a kill or a full disk leaves the old one."""
-    beside = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + ".part")
     try:
-        with beside.open("w") as file:
+        with partial.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str) -> dict:

@@ -101,7 +101,7 @@ def dormant_ratios(activation: torch.Tensor, connected: torch.Tensor | None = No
     Args:
         activation: as in `unit_scores`.
         connected: (units,) from `has_inputs`. The other units only ever show their bias: they count in neither the
-            layer's mean nor the ratios, and their share of all units is "unconnected".
+            layer's mean nor the ratios, and their fraction of all units is "unconnected".
     """
     units = activation.shape[1]
     connected = torch.ones(units, dtype=torch.bool) if connected is None else connected.to(activation.device)
@@ -143,11 +143,11 @@ def gradient_cosines(
     """Cosines of the angles between the gradients of single samples (Lyle et al. 2023): far from 0 off the diagonal is
     interference.
 
-    Memory is bounded by 2 x `chunk` gradients of the whole network; they are computed anew for each pair of chunks.
+    Memory is bounded by 2 x `chunk` gradients of the whole network; they are recomputed for each pair of chunks.
 
     Args:
-        loss: `loss(forward, *sample)` to a scalar, where `forward` stands for the network, and `sample` for the parts
-            of `batch` with a batch dimension of 1.
+        loss: `loss(forward, *sample)` to a scalar, where `forward` is called like the network, and `sample` is one row
+            of each part of `batch`.
         batch: tensors (B, ...).
         chunk: samples whose gradients are held at once.
 

@@ -2,7 +2,7 @@
 MuJoCo's and, through shimmy, those of the DeepMind Control suite (`dm_control/humanoid-run-v0`).
 
 Vector environments are in Gymnasium's NEXT_STEP mode: the step after an episode's end ignores its action, returns the
-first observation of the next episode and a reward of 0, and is no transition.
+first observation of the next episode and a reward of 0, and is not a transition.
 """
 
 import difflib
@@ -119,7 +119,7 @@ def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = Non
     are scaled to [-1, 1].
 
     Args:
-        action_repeat: play each action so many times and sum the rewards.
+        action_repeat: number of times each action is played; the rewards are summed.
         video_folder: write every episode there as an MP4.
     """
     if env_id.startswith("dm_control/"):
@@ -147,11 +147,11 @@ def make_envs(
     """A vector environment whose `infos["episode"]` holds the true return `r` and length `l` of episodes that end.
 
     Atari observations are uint8 (num_envs, 4, 84, 84), the newest frame last, all-zero frames before an episode's
-    first; rewards are the game's own. A lost life is no end: it shows in `infos["lives"]`.
+    first; rewards are the game's own. A lost life does not end an episode: it shows in `infos["lives"]`.
 
     Args:
         sticky_actions: Atari only, probability that the emulator repeats the previous action (Machado et al. 2018).
-        noop_max: Atari only, up to so many no-op actions at the start of an episode (Mnih et al. 2015).
+        noop_max: Atari only, maximum number of no-op actions at the start of an episode (Mnih et al. 2015).
         action_repeat: all but Atari, see `make_env`.
     """
     game = atari_game(env_id)

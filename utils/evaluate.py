@@ -36,7 +36,7 @@ class Args:
     seed: int | None = None
     """seed of the first episode, instead of the run's own evaluation seed"""
     video: bool = False
-    """also record the first episode as MP4, in the folder `evaluation` beside the model"""
+    """also record the first episode as MP4, in the folder `evaluation` next to the model"""
 
 
 def play(model: Model, folder: Path, args: Args) -> tuple[np.ndarray, str]:

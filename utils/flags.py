@@ -138,8 +138,8 @@ def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: l
         tyro.cli(args_class, args=argv, default=replace(args_class(), **changed))
     check_flags(args)
     if changed:
-        kept = {name: value for name, value in changed.items() if getattr(args, name) == value}
-        print(f"defaults for {args.env_id}: " + ", ".join(f"{flag(name)} {value}" for name, value in kept.items()))
+        used = {name: value for name, value in changed.items() if getattr(args, name) == value}
+        print(f"defaults for {args.env_id}: " + ", ".join(f"{flag(name)} {value}" for name, value in used.items()))
     return args
 
 

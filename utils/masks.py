@@ -41,8 +41,8 @@ def erk_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:
     dense: set[str] = set()
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        kept = sum(size[name] - zeros[name] for name in rest) - sum(zeros[name] for name in dense)
-        epsilon = kept / sum(raw[name] * size[name] for name in rest)
+        active = sum(size[name] - zeros[name] for name in rest) - sum(zeros[name] for name in dense)
+        epsilon = active / sum(raw[name] * size[name] for name in rest)
         largest = max(raw[name] for name in rest)
         if epsilon * largest <= 1.0:
             break

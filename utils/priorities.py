@@ -9,7 +9,7 @@ FAN_OUT = 128  # a CPU samples fastest at 64 to 256, from 10,000 slots to 10 mil
 class Priorities:
     """A tree of sums over the priorities of `size` slots, as in Schaul et al. (2016), app. B, but FAN_OUT wide.
 
-    Few levels are few kernels: three reach over two million slots. A sum is always added up anew from its children, in
+    Few levels are few kernels: three reach over two million slots. A sum is always recomputed from its children, in
     float64, so that no error builds up. A slot without priority is never drawn. `sample` and `update` never make the
     host wait for a GPU, and can be captured in a CUDA graph: the tree changes in place.
     """

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import ClassVar
 
 import gymnasium as gym
@@ -122,6 +122,7 @@ class Run:
             total: length of the run, `args.total_timesteps` unless given.
             unit: what a step is called on the progress line.
         """
+        wandb = import_wandb() if args.track else None
         self.args, self.state, self.rng, self.unit = args, state, rng, unit
         self.script = Path(script)
         self.total = total or args.total_timesteps
@@ -134,6 +135,8 @@ class Run:
             self.folder = new_folder(Path(args.runs_dir).expanduser(), args.env_id, self.script.stem, args.seed)
         self.log_every = max(100, self.total // 1_000)
         self.latest_return, self.failed_logs = math.nan, set()
+        if wandb:
+            self._start_wandb(wandb)
         self._open_logs()
         stop_signal.install()
         print(f"run folder: {os.path.relpath(self.folder)}")
@@ -169,7 +172,6 @@ class Run:
         return saved["seconds"]
 
     def _open_logs(self) -> None:
-        wandb = start_wandb(self.args, self.folder.name) if self.args.track else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(json.dumps(asdict(self.args), indent=2) + "\n", self.folder / "args.json")
@@ -182,10 +184,24 @@ class Run:
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
         except OSError as error:
             fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror or error}")
-        if wandb:
-            wandb.save(str(self.folder / self.script.name), base_path=str(self.folder))
         rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(self.args).items())
         self.text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+
+    def _start_wandb(self, wandb: ModuleType) -> None:
+        """Starts Weights & Biases; a resumed run continues the same W&B run."""
+        try:
+            wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                name=self.folder.name,
+                id=self.folder.name,
+                resume="allow",
+                config=asdict(self.args),
+                sync_tensorboard=True,  # of the writer that is made after this
+                save_code=True,
+            )
+        except Exception as error:  # no network, no login, ...: its own errors are many
+            fail(f"--track: Weights & Biases does not start: {first_line(error)}")
 
     def _try(self, what: str, action: Callable, *args: object) -> None:
         """A run of days must not die of a full disk or a lost logger."""
@@ -430,22 +446,10 @@ def versions(script: Path) -> dict[str, str | None]:
     return {"script": script.stem, "commit": commit, "python": platform.python_version(), **packages}
 
 
-def start_wandb(args: RunFlags, name: str) -> object:
-    """Starts Weights & Biases, an optional package; a resumed run continues the same W&B run."""
+def import_wandb() -> ModuleType:
+    """Weights & Biases, an optional package."""
     try:
         import wandb
     except ImportError:
         fail("--track: needs Weights & Biases; pip install wandb")
-    try:
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=name,
-            id=name,
-            resume="allow",
-            config=asdict(args),
-            sync_tensorboard=True,
-        )
-    except Exception as error:  # no network, no login, ...: its own errors are many
-        fail(f"--track: Weights & Biases does not start: {first_line(error)}")
     return wandb

@@ -258,7 +258,7 @@ def atari_scores() -> dict[str, tuple[float, float]]:
 
 
 def human_normalised(score: np.ndarray | float, env_id: str) -> np.ndarray | float | None:
-    """(score - random) / (human - random); None for what is no game, or one without a human score."""
+    """(score - random) / (human - random); None for other environments, and games without a human score."""
     game = re.sub(r"^ALE/|-v5$|NoFrameskip-v\d$", "", env_id)
     random, human = atari_scores().get(game, (None, None))
     return None if human is None else (score - random) / (human - random)

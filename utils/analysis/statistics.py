@@ -26,7 +26,7 @@ def by_task(scores: Scores) -> list[np.ndarray]:
     """One array (..., runs) for each task.
 
     Raises:
-        ValueError: there is no task, or a task has no run.
+        ValueError: there are no tasks, or a task has no runs.
     """
     tasks = list(scores.T) if isinstance(scores, np.ndarray) else [np.asarray(task, dtype=float) for task in scores]
     if not tasks or any(task.ndim == 0 or task.shape[-1] == 0 for task in tasks):
@@ -74,7 +74,7 @@ def bootstrap(
         statistic: one of the functions above, or any other that keeps leading axes.
         scores: as the statistic takes them; each is resampled on its own.
         reps: resamples.
-        confidence: the share of intervals that are to hold the true value, in (0, 1).
+        confidence: fraction of intervals that should contain the true value, in (0, 1).
         seed: of the resampling.
     """
     rng = np.random.default_rng(seed)
