@@ -22,6 +22,7 @@ from dqn_sparse import (
     initial_masks,
     linear_schedule,
     make_networks,
+    make_policy,
     mask_schedule,
     mask_update_due,
     prune,
@@ -102,6 +103,22 @@ def test_exploration():
     actions = epsilon_greedy(lambda: torch.ones(30_000, dtype=torch.int64), 0.3, 30_000, 3, rng)
     assert chisquare(np.bincount(actions), [3_000, 24_000, 3_000]).pvalue > 0.001
     assert (epsilon_greedy(lambda: torch.ones(100, dtype=torch.int64), 0.0, 100, 3, rng) == 1).all()
+
+
+def test_the_policy_of_evaluations():
+    """Epsilon-greedy; the action in a row depends on that row's observation and generator alone."""
+    q_network, obs = make_network("mlp", 3), np.random.default_rng(0).normal(size=(6_000, 4)).astype(np.float32)
+    best = q_network(torch.from_numpy(obs)).argmax(1).numpy()
+
+    def actions(epsilon: float, seeds) -> np.ndarray:
+        policy = make_policy(Args(eval_epsilon=epsilon), {"q_network": q_network})
+        return policy(obs[: len(seeds)], [np.random.default_rng(seed) for seed in seeds])
+
+    assert (actions(0.0, range(100)) == best[:100]).all()
+    changed = np.bincount((actions(0.3, range(6_000)) - best) % 3)
+    assert chisquare(changed, [4_800, 600, 600]).pvalue > 0.001
+    one, other = actions(0.9, [1, 2, 3, 4] * 10), actions(0.9, [1, 7, 3, 8] * 10)
+    assert (one == other)[::2].all() and not (one == other).all()
 
 
 # Networks
@@ -310,8 +327,8 @@ def test_pruning_is_monotone_and_exact(sizes, seed, levels, final, fractions):
             assert not (masks[name].bool() & ~before[name]).any()  # nothing comes back
             expected = largest(values[name].abs().flatten().numpy(), before[name].flatten().numpy(), count)
             assert set(masks[name].flatten().nonzero().flatten().tolist()) == expected
-            with torch.no_grad():  # an update of the weights that are left
-                weight.add_(torch.randn(weight.shape, generator=noise) * masks[name], alpha=0.3)
+            with torch.no_grad():  # an update, after which pruned weights may be anything
+                weight.add_(torch.randn(weight.shape, generator=noise), alpha=0.3)
 
 
 def test_pruning_never_revives_weights_when_the_schedule_is_behind():
@@ -518,8 +535,9 @@ def test_gradual_pruning_in_a_run(watch):
     final = 1 - budget / SIZE[large]
     moves = []
     for update in range(200):
-        (before, _), (after, _) = seen[update], seen[update + 1]
+        (before, old), (after, new) = seen[update], seen[update + 1]
         assert not any((after[name] & ~before[name]).any() for name in SIZE)  # monotone
+        assert all((old[name] != new[name])[after[name]].any() for name in SIZE)  # every update is a gradient step
         if changed(before, after):
             moves.append(update)
             progress = (update - 40) / 120

@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from typing import get_type_hints
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -163,6 +164,57 @@ def test_evaluations_during_training_change_nothing_of_it(script, tmp_path):
     assert steps.tolist() == list(range(every, run_length(script) + 1, every))
     last, only = read_evaluations(looked), read_evaluations(plain)
     np.testing.assert_array_equal(last[last[:, 0] == run_length(script)][-1], only[-1])  # the same episode
+
+
+class Diary(gym.Env):
+    """Shows the episode, the step in it and the last action; episodes terminate after 5 steps, or are truncated after
+    7, by turns, and a life is lost at step 3. The reward of a step is its number, from 1 on."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1e6, (3,)), gym.spaces.Discrete(3)
+    episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.t = self.episode + 1, 0
+        return np.float32([self.episode, 0, -1]), {"lives": 2}
+
+    def step(self, action):
+        self.t += 1
+        terminated, truncated = (self.episode % 2 == 1 and self.t == 5), self.t == 7
+        lives = 2 - (self.t >= 3)
+        return np.float32([self.episode, self.t, action]), float(self.t), terminated, truncated, {"lives": lives}
+
+
+@pytest.mark.parametrize("flags", [{}, {"clip_rewards": False, "terminal_on_life_loss": True}])
+@pytest.mark.parametrize("script", ["dqn_sparse", "rainbow_pruned"])
+def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkeypatch):
+    """All that td_loss is given: transitions as the environment's rules have them, and earlier networks as targets."""
+    module, gamma, drawn, online, targets = importlib.import_module(script), 0.9, set(), [], []
+    td_loss = module.td_loss
+
+    def watching(q_network, target_network, batch, *rest):
+        for parts, network in ((online, q_network), (targets, target_network)):
+            parts.append(torch.cat([weight.detach().flatten() for weight in network.parameters()]))
+        rows = zip(*(part.tolist() for part in batch))
+        drawn.update((*obs, action, *next_obs, reward, discount) for obs, action, reward, discount, next_obs in rows)
+        return td_loss(q_network, target_network, batch, *rest)
+
+    monkeypatch.setattr(module, "td_loss", watching)
+    gym.register("Diary-v0", Diary) if "Diary-v0" not in gym.registry else None
+    flags = {"env_id": "Diary-v0", "num_envs": 2, "method": "random", "n_step": 1, "gamma": gamma} | flags
+    flags |= {"noisy": False} if script == "rainbow_pruned" else {}
+    train(script, tmp_path, **flags)
+    steps = set()
+    for episode, t, before, action, next_episode, next_t, after, reward, discount in drawn:
+        assert (next_episode, next_t, after) == (episode, t + 1, action) and (t == 0) == (before == -1)
+        assert reward == (1 if flags.get("clip_rewards", True) else next_t)
+        terminal = (episode % 2 == 1 and next_t == 5) or ("terminal_on_life_loss" in flags and next_t == 3)
+        assert discount == pytest.approx(0 if terminal else gamma)
+        steps.add((episode % 2, t))
+    assert steps == {(1, t) for t in range(5)} | {(0, t) for t in range(7)}
+    changes = [i for i in range(1, len(targets)) if not torch.equal(targets[i - 1], targets[i])]
+    assert len(changes) == 7  # every 50 steps of 500; the first updates are after step 100, the last copy is at the end
+    for i in changes:
+        assert any(torch.equal(targets[i], weights) for weights in online[: i + 1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -69,6 +69,7 @@ def test_the_folder_of_a_run(tmp_path):
     assert read_evaluations(folder)[:, :2].tolist() == [[500, 0], [500, 1], [500, 2]]
     scalars = read_scalars(folder)
     assert scalars["sparsity/global"][-1].tolist() == [500, pytest.approx(0.95, abs=1e-4)]
+    assert scalars["charts/epsilon"][:2].tolist() == [[200, pytest.approx(0.505)], [300, pytest.approx(0.01)]]
     assert {"losses/td_loss", "sparsity/head.dense.weight", "sparsity/drop_fraction", "charts/SPS"} <= set(scalars)
     assert training_seconds(folder) > 0
     model = load(folder / "model.pt")
