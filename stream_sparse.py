@@ -1,9 +1,9 @@
 # Documentation and results: docs/stream_sparse.md
-"""Streaming RL with a sparse network: no replay, no target network, no batch; each transition is used once, as it comes.
+"""Streaming RL with a sparse network: no replay, no target network, no batch; each transition is used once.
 
-Stream AC(lambda) and Stream Q(lambda) with ObGD. `--method random` gives the networks a fixed random mask, and they hold
-only their active weights, as values and indices: with one sample at a time a network is memory traffic, so zeros that
-are not stored save time. `--num-seeds N` trains N independent agents side by side, each with a run folder of its own.
+Stream AC(lambda) and Stream Q(lambda) with ObGD. `--method random` gives the networks a fixed random mask, and they
+hold only their active weights, as values and indices: with one sample at a time a network is memory traffic, so zeros
+that are not stored save time. `--num-seeds N` trains N independent agents side by side, each with a run folder of its own.
 
 Elsayed, Vasan, Mahmood (2024), Streaming deep reinforcement learning finally works. arXiv:2410.14606
 Ma et al. (2025), Network sparsity unlocks the scaling potential of deep reinforcement learning. arXiv:2506.17204
@@ -36,7 +36,7 @@ class Args(RunFlags):
     """`RunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
 
     env_id: str = "Walker2d-v5"
-    """any Gymnasium id with vectors as observations, and bounded continuous or (with either algorithm) discrete actions"""
+    """any Gymnasium id with vectors as observations; its actions are discrete or, for ac, bounded and continuous"""
     seed: Seed = 1
     """seed of the first agent: networks, masks, environment and exploration"""
     num_seeds: PositiveInt = 1
@@ -91,7 +91,7 @@ class Args(RunFlags):
 
 
 class MLP(nn.Module):
-    """Two hidden layers with LayerNorm, which has no parameters, and LeakyReLU; the form in which networks are saved."""
+    """Two hidden layers with LayerNorm without parameters, and LeakyReLU; the form in which networks are saved."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Networks:
         return self.layers[-1].forward(x) + self.bias[-1]
 
     def trace(self, decay: float, grad: torch.Tensor) -> None:
-        """z <- decay z + the gradient of f at the last kept forward pass, of which `grad` (N, outputs) is df / d output.
+        """z <- decay z + the gradient of f at the last kept forward pass; `grad` (N, outputs) is df / d output.
 
         LayerNorm y = (x - mean x) / sd x, so dx = (dy - mean dy - y mean(y dy)) / sd x.
         """
@@ -288,9 +288,9 @@ def random_masks(
 
 
 def sparse_init(weights: dict, masks: dict, sparsity: float, generator: torch.Generator) -> None:
-    """Sparse initialisation (Elsayed et al. 2024, alg. 1): ceil(sparsity x inputs) random inputs of each unit are zero.
+    """Sparse initialisation (Elsayed et al. 2024): ceil(sparsity x inputs) random inputs of each unit start at zero.
 
-    Masked inputs count among them. Without a mask the zeros are trained like all weights; under one they are no weights.
+    Masked inputs count among them. The other zeros are weights like all others, and are trained.
     """
     for name, weight in weights.items():
         order = torch.rand(weight.shape, generator=generator)
@@ -311,7 +311,7 @@ class Welford:
     def __init__(self, n: int, size: int) -> None:
         self.mean, self.squares, self.count = np.zeros((n, size)), np.zeros((n, size)), np.zeros((n, 1))
 
-    def add(self, x: np.ndarray, which: np.ndarray) -> None:  # (N, size), (N,) bool: the streams that go on
+    def add(self, x: np.ndarray, which: np.ndarray) -> None:  # (N, size); (N,) bool, the streams that get one
         which = which[:, None]
         self.count += which
         difference = (x - self.mean) * which

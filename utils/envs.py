@@ -227,7 +227,8 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
     """The training environments of `--env-id` and `--num-envs`; with `--save-dataset`, they log what passes.
 
     An id that is unknown, cannot be made on this machine, or has other spaces than `action_space` (`Discrete`, `Box`
-    with bounds, or either) and vectors or images ends the program with one line. So does `--capture-video` without a renderer.
+    with bounds, or either) and vectors or images ends the program with one line. So does `--capture-video` without a
+    renderer.
     """
     problem = unknown_env(args.env_id)
     if problem:
