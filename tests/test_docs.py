@@ -28,6 +28,7 @@ def shown(value):
         ("sac_sparse", ["CLEANRL", "PENDULUM"]),
         ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
+        ("stream_sparse", []),
     ],
 )
 def test_hyperparameter_table_is_that_of_the_script(script, presets):
