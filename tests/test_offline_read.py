@@ -23,6 +23,13 @@ IMAGES = Box(0, 255, (4, *FRAME), np.uint8)
 VECTORS = Box(-np.inf, np.inf, (2,), np.float32)
 
 
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path, monkeypatch):
+    """Where a cache goes that cannot be in the dataset's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "user"
+
+
 def save(folder, name, k, array):
     with gzip.open(folder / f"{name}_ckpt.{k}.gz", "wb", compresslevel=1) as file:
         np.save(file, array)
@@ -162,28 +169,26 @@ def test_the_cache_is_used_again_until_a_file_changes(tmp_path):
     assert len(read(tmp_path).action) == 60
 
 
-def test_the_cache_of_a_dataset_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+def test_the_cache_of_a_dataset_that_cannot_be_written(tmp_path, user_cache, capsys):
     write_vectors(tmp_path / "set")
     (tmp_path / "set" / "cache").touch()  # no folder can be made there, not even by a superuser
     for _ in range(2):
         assert len(read(tmp_path / "set").action) == 30
     assert capsys.readouterr().out.count("\n") == 1
-    assert list((tmp_path / "user").rglob("observation.npy"))
-    (tmp_path / "user").rename(tmp_path / "elsewhere")
-    (tmp_path / "user").touch()
+    assert list(user_cache.rglob("observation.npy"))
+    user_cache.rename(tmp_path / "elsewhere")
+    user_cache.touch()
     with pytest.raises(DatasetError, match="cannot be written"):
         read(tmp_path / "set")
 
 
-def test_a_finished_cache_needs_nothing_to_be_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+def test_a_finished_cache_needs_nothing_to_be_written(tmp_path, user_cache):
     write_vectors(tmp_path / "set")
     read(tmp_path / "set")
     (tmp_path / "set" / "cache" / "1.lock").unlink()
     (tmp_path / "set" / "cache" / "1.lock").mkdir()  # writing would begin with this file
     assert len(read(tmp_path / "set").action) == 30
-    assert not (tmp_path / "user").exists()
+    assert not user_cache.exists()
 
 
 def test_several_datasets_share_a_cache_dir(tmp_path):
@@ -204,7 +209,7 @@ def test_a_damaged_cache(tmp_path, damage):
         read(tmp_path)
 
 
-def test_a_full_disk_leaves_no_part_of_a_cache(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_part_of_a_cache(tmp_path, user_cache, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -213,6 +218,7 @@ def test_a_full_disk_leaves_no_part_of_a_cache(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match="No space left"):
         read(tmp_path)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["1.lock"]
+    assert not user_cache.exists()  # it may be on the same disk, and is seldom a large one
 
 
 def test_preparing_holds_little_in_memory(tmp_path):

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ROOT
 from gymnasium.spaces import Box
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers.vector import TransformReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +68,7 @@ class Player:
         self.num_envs, self.stack, self.time = num_envs, stack, 0
         self.episodes = [itertools.cycle((*episodes[i:], *episodes[:i])) for i in range(num_envs)]
         self.segments = [[[]] for _ in range(num_envs)]
+        self.observation = np.full((num_envs, *SPACES[stack].shape), 255, np.uint8)  # one buffer for all steps
         self.reset()
 
     def reset(self):
@@ -78,8 +81,7 @@ class Player:
         """The arguments of `DatasetWriter.add`."""
         self.time += 1
         frame = 1 + 80 * np.arange(self.num_envs) + self.time % 79
-        observation = np.full((self.num_envs, *SPACES[self.stack].shape), 255, np.uint8)
-        newest = observation[:, -1] if self.stack > 1 else observation
+        newest = self.observation[:, -1] if self.stack > 1 else self.observation
         newest[:] = frame[:, None, None]
         action, reward = np.arange(self.num_envs) + self.time % 5, np.full(self.num_envs, self.time / 8)
         done, truncated = np.zeros((2, self.num_envs), bool)
@@ -90,7 +92,7 @@ class Player:
                 zeros = [(0, 0, 0.0, 0, 0)] * (self.stack - 1) * first
                 row = int(frame[i]), int(action[i]), float(reward[i]), int(done[i]), int(truncated[i])
                 segments[-1] += [*zeros, row]
-        return observation, action, reward, done & ~truncated, truncated
+        return self.observation, action, reward, done & ~truncated, truncated
 
 
 def writer(folder, num_envs=1, stack=4, **options):
@@ -249,12 +251,14 @@ def test_a_full_disk_ends_the_dataset_with_one_warning(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+def test_folders_that_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "empty")
     for folder in (tmp_path, tmp_path / "notes.txt", ""):
         with pytest.raises(OSError):
             writer(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notes.txt"]
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
@@ -277,8 +281,9 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
 def test_environments_are_logged_as_they_pass(tmp_path, clip_rewards):
     """Against what the same environments give without the log, for the same seed and actions."""
 
-    def make():
-        return TransformReward(make_envs("Acrobot-v1", 2), lambda reward: 5 * reward)
+    def make():  # with one buffer for all observations
+        envs = SyncVectorEnv([lambda: gym.make("Acrobot-v1")] * 2, copy=False)
+        return TransformReward(envs, lambda reward: 5 * reward)
 
     plain, logging = make(), LogDataset(make(), str(tmp_path), 1, "Acrobot-v1", clip_rewards)
     rng, rows, done = np.random.default_rng(0), [[], []], np.zeros(2, bool)
@@ -286,6 +291,7 @@ def test_environments_are_logged_as_they_pass(tmp_path, clip_rewards):
         if t in (0, 550):
             (observation, _), (same, _) = plain.reset(seed=t), logging.reset(seed=t)
             np.testing.assert_array_equal(observation, same)
+            observation = observation.copy()
             done[:] = False
         action = rng.integers(3, size=2)
         following, reward, terminated, truncated, _ = plain.step(action)

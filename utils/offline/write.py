@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -189,19 +190,14 @@ class DatasetWriter:
                 self._close_chunk(i)
 
     def _new_chunk(self, first_rows: int) -> tuple[int, dict[str, "Store"]]:
-        """A chunk's number and its empty stores; the chunk is either complete or not there.
+        """A chunk's number and its empty stores.
 
-        Its count comes first: as long as one store is empty, none of the chunk's rows are read.
+        Its count comes first: the chunk is not read as long as one of its stores is empty.
         """
         k = self.next_chunk
         self.next_chunk += 1
-        try:
-            self._save_count(k, first_rows)
-            return k, {n: Store(store_path(self.folder, n, k), *self.layout[n]) for n in self.layout}
-        except OSError:
-            for path in self.folder.glob(f"*_ckpt.{k}.gz*"):
-                path.unlink()
-            raise
+        self._save_count(k, first_rows)
+        return k, {n: Store(store_path(self.folder, n, k), *self.layout[n]) for n in self.layout}
 
     def _save_count(self, k: int, count: int) -> None:
         save_gz(self.folder / f"add_count_ckpt.{k}.gz", np.array(count))
@@ -231,10 +227,9 @@ class Store:
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Makes an empty store of rows of this shape and dtype."""
         self.shape, self.dtype, self.rows = shape, dtype, 0
-        part = part_of(path)
-        self.file = open(part, "wb")  # noqa: SIM115, it stays open
-        self._write_header()
-        os.replace(part, path)
+        with complete(path) as part:
+            self.file = open(part, "wb")  # noqa: SIM115, it stays open
+            self._write_header()
 
     def _write_header(self) -> None:
         header = io.BytesIO()
@@ -255,15 +250,16 @@ class Store:
 
 def save_gz(path: Path, array: np.ndarray) -> None:
     """Saves a small array as a gzip'd npy, replacing the file at once."""
-    part = part_of(path)
+    with complete(path) as part, gzip.open(part, "wb") as file:
+        np.save(file, array)
+
+
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to have its name only when it is complete."""
+    part = path.with_name(path.name + ".part")
     try:
-        with gzip.open(part, "wb") as file:
-            np.save(file, array)
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def part_of(path: Path) -> Path:
-    """Where a file is written until it is complete and gets its name."""
-    return path.with_name(path.name + ".part")
