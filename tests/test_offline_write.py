@@ -242,13 +242,15 @@ def test_a_kill_or_a_full_disk_at_any_byte_loses_only_the_latest_rows(tmp_path_f
         assert after == before + [row[:2] for row in segment]
 
 
-def test_a_full_disk_ends_the_dataset_with_one_warning(tmp_path, capsys):
+@pytest.mark.parametrize("room", [0, 100, 300, 1_000])
+def test_a_full_disk_ends_the_dataset_with_one_warning(tmp_path, capsys, room):
     dataset, player = writer(tmp_path, flush_every=6), Player(1, 4)
-    with Disk(500, OSError(28, "No space left on device")):
+    with Disk(room, OSError(28, "No space left on device")):
         for _ in range(60):
             dataset.add(*player.step())
         dataset.close()
     assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_folders_that_are_refused(tmp_path, monkeypatch):
