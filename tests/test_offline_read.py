@@ -259,6 +259,7 @@ def put(value):
         ("$store$_observation", truncate),
         ("$store$_action", lambda path: path.write_bytes(b"not a gzip file")),
         ("$store$_action", lambda path: path.write_bytes(gzip.compress(b"not an npy file"))),
+        ("$store$_action", lambda path: path.write_bytes(gzip.compress(b"\x93NUMPY\x09\x00"))),  # an unknown version
         ("$store$_action", lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-3]))),
         ("$store$_terminal", os.remove),
         ("$store$_truncation", os.remove),
