@@ -150,7 +150,7 @@ class Run:
             unit=unit,
             disable=not progress,
             unit_scale=True,
-            bar_format="{percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt} [<{remaining}, {rate_fmt}{postfix}]",
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [<{remaining}, {rate_fmt}{postfix}]",
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file gets a line twice a minute
         )
