@@ -1,11 +1,8 @@
 """What holds of every script alike: reproducible, exact masks, stopped and resumed, refusing bad input in one line."""
 
 import importlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import cache
 from typing import get_type_hints
 
@@ -13,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, ROOT, as_flags, load, run_main, run_script, same
+from conftest import CARTPOLE, as_flags, load, run_main, run_script, run_with, same
 
 from utils.flags import RunFlags, check_flags, flag, parse_args, rules_of
 from utils.masks import active_count, layer_densities
@@ -217,29 +214,30 @@ def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkey
         assert any(torch.equal(targets[i], weights) for weights in online[: i + 1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("script", SCRIPTS)
+SIGNALS = [(script, signal.SIGTERM) for script in SCRIPTS] + [
+    ("dqn_sparse", signal.SIGINT),
+    ("dqn_sparse", signal.SIGHUP),
+]
+
+
+@pytest.mark.parametrize(("script", "number"), SIGNALS)
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends(script, number, tmp_path):
-    if number != signal.SIGTERM and script != "dqn_sparse":
-        pytest.skip("one script is enough for the other signals")
-    length = {"total_updates": 1_500} if script == "cql_pruned" else {"total_timesteps": 3_000}
-    flags = flags_of(script, runs_dir=str(tmp_path), **length)
-    if script == "sac_sparse":
-        flags |= {"total_timesteps": 1_000}
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, f"{script}.py", *as_flags(flags)], cwd=ROOT, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
-        for line in process.stdout:
-            if line.startswith("run folder"):
-                break
-        process.send_signal(number)
-        process.send_signal(number)  # nervous: an echo of the first
-        process.communicate(timeout=100)
-    assert process.returncode == 128 + number
+    """Sent by the process itself, so that it comes in the middle of learning; and once more, as nervous users do."""
+    code = f"""
+    advance = runs.Run.advance
+    def signalled(run, step, update):
+        advance(run, step, update)
+        if step >= {STOP.get(script, 300)}:
+            os.kill(os.getpid(), {int(number)})
+            os.kill(os.getpid(), {int(number)})
+    runs.Run.advance = signalled
+    """
+    stopped = run_with(code, *as_flags(flags_of(script, runs_dir=str(tmp_path))), script=script)
+    assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr
     (folder,) = tmp_path.iterdir()
-    assert not (folder / "model.pt").exists()
-    ended = run_script(f"{script}.py", "--resume", str(folder / "checkpoint.pt"))
-    assert ended.returncode == 0, ended.stderr
+    assert not (folder / "model.pt").exists() and load(folder / "checkpoint.pt")["step"] == STOP.get(script, 300)
+    module = importlib.import_module(script)
+    module.main(parse_args(module.Args, module.preset, ["--resume", str(folder / "checkpoint.pt")]))
     assert (folder / "model.pt").exists() and (folder / "curve.png").exists()
 
 
@@ -321,12 +319,13 @@ def test_presets_yield_to_the_command_line(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_defaults_of_the_environment_that_is_given(script, tmp_path):
-    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", FLAGS[script]["env_id"]]
-    ended = run_script(f"{script}.py", *given, "--help")
+def test_help_shows_the_defaults_of_the_environment_that_is_given(script, capsys):
     module = importlib.import_module(script)
-    episodes = {"sac_sparse": module.PENDULUM}.get(script) if script == "sac_sparse" else module.CLASSIC_CONTROL
-    assert ended.returncode == 0 and f"(default: {episodes['eval_episodes']})" in ended.stdout
+    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", FLAGS[script]["env_id"]]
+    episodes = module.preset(parse_args(module.Args, module.preset, given))["eval_episodes"]
+    with pytest.raises(SystemExit) as ended:
+        parse_args(module.Args, module.preset, [*given, "--help"])
+    assert ended.value.code == 0 and f"(default: {episodes})" in capsys.readouterr().out
 
 
 def test_running_flags_are_the_same_in_every_script():
