@@ -271,7 +271,7 @@ def log_dataset(envs: VectorEnv, args: RunFlags) -> VectorEnv:
     try:
         return LogDataset(envs, args.save_dataset, stack, args.env_id, args.clip_rewards, append=bool(args.resume))
     except OSError as error:
-        fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset or 'a folder without a name'}: {error}")
+        fail(f"--save-dataset: cannot begin a dataset in {args.save_dataset!r}: {error.strerror or error}")
 
 
 def stack_size(env_id: str) -> int:
