@@ -17,6 +17,7 @@ import dqn_sparse
 from utils.runs import CSV_HEADERS, Run, stop_signal
 
 ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CARTPOLE = {
     "env_id": "CartPole-v1",
     "total_timesteps": 500,
@@ -58,8 +59,7 @@ def same(a: object, b: object) -> bool:
 
 def run_script(*command: str) -> subprocess.CompletedProcess:
     """`python <command>` from the repository's root, to its end; stdout and stderr as text."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
 
 
 def run_with(code: str, *flags: str, script: str = "dqn_sparse") -> subprocess.CompletedProcess:

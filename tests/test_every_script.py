@@ -4,7 +4,7 @@ import importlib
 import shutil
 import signal
 from functools import cache
-from typing import get_type_hints
+from typing import ClassVar, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -167,11 +167,14 @@ class Diary(gym.Env):
     """Shows the episode, the step in it and the last action; episodes terminate after 5 steps, or are truncated after
     7, by turns, and a life is lost at step 3. The reward of a step is its number, from 1 on."""
 
+    seeds: ClassVar[list[int]] = []
+
     observation_space, action_space = gym.spaces.Box(-1, 1e6, (3,)), gym.spaces.Discrete(3)
     episode = 0
 
     def reset(self, *, seed=None, options=None):
         self.episode, self.t = self.episode + 1, 0
+        self.seeds.extend([seed] if seed is not None else [])
         return np.float32([self.episode, 0, -1]), {"lives": 2}
 
     def step(self, action):
@@ -183,8 +186,9 @@ class Diary(gym.Env):
 
 @pytest.mark.parametrize("flags", [{}, {"clip_rewards": False, "terminal_on_life_loss": True}])
 @pytest.mark.parametrize("script", ["dqn_sparse", "rainbow_pruned"])
-def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkeypatch):
-    """All that td_loss is given: transitions as the environment's rules have them, and earlier networks as targets."""
+def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkeypatch, stop_at):
+    """All that td_loss is given, also after a resume: transitions as the environment's rules have them, and earlier
+    networks as targets."""
     module, gamma, drawn, online, targets = importlib.import_module(script), 0.9, set(), [], []
     td_loss = module.td_loss
 
@@ -197,9 +201,14 @@ def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkey
 
     monkeypatch.setattr(module, "td_loss", watching)
     gym.register("Diary-v0", Diary) if "Diary-v0" not in gym.registry else None
+    monkeypatch.setattr(Diary, "seeds", [])
     flags = {"env_id": "Diary-v0", "num_envs": 2, "method": "random", "n_step": 1, "gamma": gamma} | flags
-    flags |= {"noisy": False} if script == "rainbow_pruned" else {}
-    train(script, tmp_path, **flags)
+    flags |= {"batch_size": 64} | ({"noisy": False} if script == "rainbow_pruned" else {})
+    stop_at(300)
+    folder = train(script, tmp_path, **flags)
+    stop_at(None)
+    train(script, tmp_path, resume=str(folder / "checkpoint.pt"), **flags)
+    assert len(set(Diary.seeds)) == len(Diary.seeds)  # no episode is played twice
     steps = set()
     for episode, t, before, action, next_episode, next_t, after, reward, discount in drawn:
         assert (next_episode, next_t, after) == (episode, t + 1, action) and (t == 0) == (before == -1)
