@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ import dqn_sparse
 from utils.runs import CSV_HEADERS, Run, stop_signal
 
 ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CARTPOLE = {
     "env_id": "CartPole-v1",
     "total_timesteps": 500,
@@ -57,8 +59,19 @@ def same(a: object, b: object) -> bool:
 
 def run_script(*command: str) -> subprocess.CompletedProcess:
     """`python <command>` from the repository's root, to its end; stdout and stderr as text."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+
+
+def run_with(code: str, *flags: str, script: str = "dqn_sparse") -> subprocess.CompletedProcess:
+    """A script as a program in a process of its own, after this code."""
+    program = f"""
+import os, signal, sys
+import {script} as script, utils.checkpoints as checkpoints, utils.runs as runs
+sys.argv[0] = "{script}.py"
+{textwrap.dedent(code)}
+script.launch(script.main, script.Args, script.preset)
+"""
+    return run_script("-c", program, *flags)
 
 
 def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndarray | None]:

@@ -1,19 +1,16 @@
 """What holds of every script alike: reproducible, exact masks, stopped and resumed, refusing bad input in one line."""
 
 import importlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import cache
-from typing import get_type_hints
+from typing import ClassVar, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, ROOT, as_flags, load, run_main, run_script, same
+from conftest import CARTPOLE, as_flags, load, run_main, run_script, run_with, same
 
 from utils.flags import RunFlags, check_flags, flag, parse_args, rules_of
 from utils.masks import active_count, layer_densities
@@ -170,11 +167,14 @@ class Diary(gym.Env):
     """Shows the episode, the step in it and the last action; episodes terminate after 5 steps, or are truncated after
     7, by turns, and a life is lost at step 3. The reward of a step is its number, from 1 on."""
 
+    seeds: ClassVar[list[int]] = []
+
     observation_space, action_space = gym.spaces.Box(-1, 1e6, (3,)), gym.spaces.Discrete(3)
     episode = 0
 
     def reset(self, *, seed=None, options=None):
         self.episode, self.t = self.episode + 1, 0
+        self.seeds.extend([seed] if seed is not None else [])
         return np.float32([self.episode, 0, -1]), {"lives": 2}
 
     def step(self, action):
@@ -186,8 +186,9 @@ class Diary(gym.Env):
 
 @pytest.mark.parametrize("flags", [{}, {"clip_rewards": False, "terminal_on_life_loss": True}])
 @pytest.mark.parametrize("script", ["dqn_sparse", "rainbow_pruned"])
-def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkeypatch):
-    """All that td_loss is given: transitions as the environment's rules have them, and earlier networks as targets."""
+def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkeypatch, stop_at):
+    """All that td_loss is given, also after a resume: transitions as the environment's rules have them, and earlier
+    networks as targets."""
     module, gamma, drawn, online, targets = importlib.import_module(script), 0.9, set(), [], []
     td_loss = module.td_loss
 
@@ -200,9 +201,14 @@ def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkey
 
     monkeypatch.setattr(module, "td_loss", watching)
     gym.register("Diary-v0", Diary) if "Diary-v0" not in gym.registry else None
+    monkeypatch.setattr(Diary, "seeds", [])
     flags = {"env_id": "Diary-v0", "num_envs": 2, "method": "random", "n_step": 1, "gamma": gamma} | flags
-    flags |= {"noisy": False} if script == "rainbow_pruned" else {}
-    train(script, tmp_path, **flags)
+    flags |= {"batch_size": 64} | ({"noisy": False} if script == "rainbow_pruned" else {})
+    stop_at(300)
+    folder = train(script, tmp_path, **flags)
+    stop_at(None)
+    train(script, tmp_path, resume=str(folder / "checkpoint.pt"), **flags)
+    assert len(set(Diary.seeds)) == len(Diary.seeds)  # no episode is played twice
     steps = set()
     for episode, t, before, action, next_episode, next_t, after, reward, discount in drawn:
         assert (next_episode, next_t, after) == (episode, t + 1, action) and (t == 0) == (before == -1)
@@ -217,29 +223,30 @@ def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkey
         assert any(torch.equal(targets[i], weights) for weights in online[: i + 1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("script", SCRIPTS)
+SIGNALS = [(script, signal.SIGTERM) for script in SCRIPTS] + [
+    ("dqn_sparse", signal.SIGINT),
+    ("dqn_sparse", signal.SIGHUP),
+]
+
+
+@pytest.mark.parametrize(("script", "number"), SIGNALS)
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends(script, number, tmp_path):
-    if number != signal.SIGTERM and script != "dqn_sparse":
-        pytest.skip("one script is enough for the other signals")
-    length = {"total_updates": 1_500} if script == "cql_pruned" else {"total_timesteps": 3_000}
-    flags = flags_of(script, runs_dir=str(tmp_path), **length)
-    if script == "sac_sparse":
-        flags |= {"total_timesteps": 1_000}
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, f"{script}.py", *as_flags(flags)], cwd=ROOT, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
-        for line in process.stdout:
-            if line.startswith("run folder"):
-                break
-        process.send_signal(number)
-        process.send_signal(number)  # nervous: an echo of the first
-        process.communicate(timeout=100)
-    assert process.returncode == 128 + number
+    """Sent by the process itself, so that it comes in the middle of learning; and once more, as nervous users do."""
+    code = f"""
+    advance = runs.Run.advance
+    def signalled(run, step, update):
+        advance(run, step, update)
+        if step >= {STOP.get(script, 300)}:
+            os.kill(os.getpid(), {int(number)})
+            os.kill(os.getpid(), {int(number)})
+    runs.Run.advance = signalled
+    """
+    stopped = run_with(code, *as_flags(flags_of(script, runs_dir=str(tmp_path))), script=script)
+    assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr
     (folder,) = tmp_path.iterdir()
-    assert not (folder / "model.pt").exists()
-    ended = run_script(f"{script}.py", "--resume", str(folder / "checkpoint.pt"))
-    assert ended.returncode == 0, ended.stderr
+    assert not (folder / "model.pt").exists() and load(folder / "checkpoint.pt")["step"] == STOP.get(script, 300)
+    module = importlib.import_module(script)
+    module.main(parse_args(module.Args, module.preset, ["--resume", str(folder / "checkpoint.pt")]))
     assert (folder / "model.pt").exists() and (folder / "curve.png").exists()
 
 
@@ -321,12 +328,13 @@ def test_presets_yield_to_the_command_line(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_defaults_of_the_environment_that_is_given(script, tmp_path):
-    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", FLAGS[script]["env_id"]]
-    ended = run_script(f"{script}.py", *given, "--help")
+def test_help_shows_the_defaults_of_the_environment_that_is_given(script, capsys):
     module = importlib.import_module(script)
-    episodes = {"sac_sparse": module.PENDULUM}.get(script) if script == "sac_sparse" else module.CLASSIC_CONTROL
-    assert ended.returncode == 0 and f"(default: {episodes['eval_episodes']})" in ended.stdout
+    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", FLAGS[script]["env_id"]]
+    episodes = module.preset(parse_args(module.Args, module.preset, given))["eval_episodes"]
+    with pytest.raises(SystemExit) as ended:
+        parse_args(module.Args, module.preset, [*given, "--help"])
+    assert ended.value.code == 0 and f"(default: {episodes})" in capsys.readouterr().out
 
 
 def test_running_flags_are_the_same_in_every_script():

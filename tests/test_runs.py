@@ -1,17 +1,15 @@
 """A run's folder, and what can go wrong around it: kills, signals, full disks, closed pipes, damaged files."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, ROOT, as_flags, load, run_script
+from conftest import CARTPOLE, ENV, ROOT, as_flags, load, run_script, run_with
 
 import dqn_sparse
 from dqn_sparse import Args, preset
@@ -26,18 +24,6 @@ TINY = as_flags(CARTPOLE)
 
 def files(folder) -> dict:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def run_code(code: str, *flags: str) -> subprocess.CompletedProcess:
-    """dqn_sparse.py as a program, after this code, in a process of its own."""
-    code = f"""
-import os, signal, sys
-sys.argv = ["dqn_sparse.py", *sys.argv[1:]]
-import dqn_sparse, utils.runs as runs, utils.checkpoints as checkpoints
-{textwrap.dedent(code)}
-dqn_sparse.launch(dqn_sparse.main, dqn_sparse.Args, dqn_sparse.preset)
-"""
-    return run_script("-c", code, *TINY, *flags)
 
 
 def only_folder(tmp_path):
@@ -249,7 +235,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one(tmp_path, 
         return original(*args)
     setattr(module, name, die)
     """
-    ended = run_code(code, "--checkpoint-every", "100", "--runs-dir", str(tmp_path))
+    ended = run_with(code, *TINY, "--checkpoint-every", "100", "--runs-dir", str(tmp_path))
     assert ended.returncode == -signal.SIGKILL
     checkpoint = only_folder(tmp_path) / "checkpoint.pt"
     assert load(checkpoint)["step"] == 200
@@ -268,7 +254,7 @@ def test_a_kill_while_a_resume_rewrites_a_file_loses_nothing(tmp_path, stopped, 
         replace(a, b)
     os.replace = die
     """
-    ended = run_code(code, "--resume", str(stopped / "checkpoint.pt"))
+    ended = run_with(code, *TINY, "--resume", str(stopped / "checkpoint.pt"))
     assert ended.returncode == -signal.SIGKILL
     after = {path: content for path, content in files(stopped).items() if path in before}
     for path, content in before.items():
@@ -287,7 +273,7 @@ def test_a_signal_while_the_model_is_written_does_not_lose_it(tmp_path, number):
         save(content, file)
     checkpoints.torch.save = interrupted
     """
-    ended = run_code(code, "--runs-dir", str(tmp_path))
+    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path))
     assert ended.returncode == 128 + number and "model.pt" in ended.stdout
     assert load(only_folder(tmp_path) / "model.pt")["script"] == "dqn_sparse"
 
@@ -297,7 +283,7 @@ def test_a_signal_in_the_final_evaluation_says_where_the_model_is(tmp_path):
     evaluate = runs.evaluate
     runs.evaluate = lambda *args: os.kill(os.getpid(), signal.SIGINT) or evaluate(*args)
     """
-    ended = run_code(code, "--runs-dir", str(tmp_path))
+    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path))
     assert ended.returncode == 130 and "model.pt" in ended.stderr
     assert (only_folder(tmp_path) / "model.pt").exists()
 
@@ -329,11 +315,11 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_model_is_saved_elsew
         save(content, path)
     runs.save_atomically = full
     """
-    ended = run_code(code, "--runs-dir", str(tmp_path / "runs"))
+    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path / "runs"))
     folder = only_folder(tmp_path / "runs")
     assert ended.returncode == 1 and "final evaluation" not in ended.stdout and "Traceback" not in ended.stderr
     assert not (folder / "model.pt").exists() and not list(folder.glob("*.part"))
-    (saved,) = (tmp_path / "elsewhere").iterdir()
+    (saved,) = (tmp_path / "elsewhere").glob("*.pt")
     assert str(saved) in ended.stderr and load(saved)["script"] == "dqn_sparse"
 
 
@@ -377,7 +363,7 @@ gym.register("Broken-v0", Broken)
 
 
 def test_an_environment_that_fails_leaves_a_checkpoint(tmp_path):
-    ended = run_code(BROKEN, "--env-id", "Broken-v0", "--runs-dir", str(tmp_path))
+    ended = run_with(BROKEN, *TINY, "--env-id", "Broken-v0", "--runs-dir", str(tmp_path))
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     line = ended.stderr.splitlines()[-1]
     assert line.startswith("error: ") and "exploded" in line and "checkpoint.pt" in line
@@ -390,9 +376,9 @@ def test_an_error_in_the_code_shows_its_traceback_and_leaves_a_checkpoint(tmp_pa
         if runs.Run.open and runs.Run.open[0].step >= 250:
             raise KeyError("a bug")
         return td_loss(*args)
-    td_loss, dqn_sparse.td_loss = dqn_sparse.td_loss, broken
+    td_loss, script.td_loss = script.td_loss, broken
     """
-    ended = run_code(code, "--runs-dir", str(tmp_path))
+    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path))
     assert ended.returncode == 1 and "error: KeyError" in ended.stderr and "Traceback" in ended.stderr
     assert load(only_folder(tmp_path) / "checkpoint.pt")["step"] >= 250
 
@@ -415,13 +401,13 @@ def test_sizes_that_cannot_be_allocated_are_one_line(tmp_path, flags):
 @pytest.mark.parametrize("pipe", ["| head -1", "2>&1 | head -2"])
 def test_a_closed_pipe_does_not_end_training(tmp_path, pipe):
     command = f"{sys.executable} dqn_sparse.py {' '.join(TINY)} --runs-dir {tmp_path} {pipe}; echo ${{PIPESTATUS[0]}}"
-    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert ended.stdout.splitlines()[-1] == "0", ended.stderr
     assert (only_folder(tmp_path) / "model.pt").exists()
 
 
 def test_a_terminal_that_cannot_show_a_character(tmp_path):
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    env = ENV | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "dqn_sparse.py", *TINY, "--runs-dir", str(tmp_path / "ü—☃")]
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr
