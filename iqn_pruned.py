@@ -174,14 +174,14 @@ MINATAR = {
 CLASSIC_CONTROL = {
     "eval_episodes": 20,
     "total_timesteps": 30_000,
-    "learning_rate": 2.5e-4,
-    "batch_size": 64,
+    "learning_rate": 5e-4,
     "buffer_size": 30_000,
     "learning_starts": 1_000,
     "target_network_frequency": 100,
     "n_step": 10,  # long returns and frequent target updates: values must propagate quickly in a short run
     "n_quantiles": 8,
     "n_target_quantiles": 8,
+    "n_policy_quantiles": 8,
     "end_e": 0.05,
     "exploration_steps": 5_000,
     "clip_rewards": False,
@@ -563,9 +563,7 @@ def main(args: Args) -> np.ndarray:
     replay.end_episodes()  # the environments start new episodes, after a resume too
     obs = to_device(envs.reset(seed=args.seed + global_step)[0], device).clone()  # (num_envs, *obs shape)
     use_graphs = args.cuda_graph and device.type == replay.device.type == "cuda"
-    greedy_action = torch.inference_mode()(
-        lambda: q_values(q_network, obs, args.n_policy_quantiles).argmax(1)
-    )  # (num_envs,)
+    greedy_action = torch.inference_mode()(lambda: q_values(q_network, obs, args.n_policy_quantiles).argmax(1))
     fast_learn, fast_greedy = cuda_graph(learn, use_graphs), cuda_graph(greedy_action, use_graphs)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
