@@ -1,8 +1,9 @@
-"""What the data of cql_pruned.py cost: preparation against `gzip -dc`, memory, and sampling in an update.
+"""What the data of cql_pruned.py costs: unpacking compared with `gzip -dc`, memory, and the fraction of an update spent
+in sampling.
 
     python benchmarks/offline.py [--rows 50000] [--fraction 1.0] [--network nature] [--rounds 5]
 
-Plays random Pong for the data, and writes them as the published sets are: one gzip'd npy of each store.
+Plays Pong at random for the data, and writes it as the published datasets are: one gzip'd npy for each store.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def write_pong(folder: Path, rows: int) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes, at most so far in this process."""
+    """Bytes, the maximum of this process so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -81,7 +82,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # in a process of its own, so that its memory does not count as ours
+        # in its own process, so that its memory is not counted here
         code = f"import pathlib, benchmarks.offline as b; b.write_pong(pathlib.Path({name!r}), {flags.rows})"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         before = peak_memory()
@@ -89,7 +90,7 @@ def main() -> None:
         kept = round(flags.fraction * (flags.rows - 1)) * 84 * 84
         head = f"| head -c {kept + 128}" if flags.fraction < 1 else ""
         gunzip, prepare = [], []
-        for _ in range(flags.rounds):  # in turns, so that a machine whose speed drifts slows both
+        for _ in range(flags.rounds):  # alternately, so that a drift in the machine's speed affects both
             start = time.perf_counter()
             command = f"gzip -dc '{folder}/$store$_observation_ckpt.0.gz' {head} > '{folder}/out'"
             subprocess.run(command.replace("$", r"\$").replace("'", '"'), shell=True, check=True)
@@ -105,7 +106,7 @@ def main() -> None:
         replay = OfflineReplay(rows, STACK, 1, 0.99, device)
         for start in range(0, len(replay), 32):  # every frame is read
             replay.gather(torch.arange(start, min(start + 32, len(replay)), device=replay.device))
-        print(f"memory: {(peak_memory() - before) / kept:.2f} of the kept {kept / 1e6:.0f} MB")
+        print(f"memory: {(peak_memory() - before) / kept:.2f} of the {kept / 1e6:.0f} MB that are kept")
 
         args = Args(network=flags.network)
         networks = [make_networks(args, space, Discrete(6))["q_network"].to(device) for _ in range(2)]
@@ -125,9 +126,9 @@ def main() -> None:
 
         batch = replay.sample(args.batch_size)
         pairs = [(median_seconds(sample, 20), median_seconds(lambda: update(batch), 5)) for _ in range(flags.rounds)]
-        share = statistics.median(a / (a + b) for a, b in pairs)
-        milliseconds = [1e3 * statistics.median(times) for times in zip(*pairs)]
-        print(f"sampling: {milliseconds[0]:.2f} ms; the rest of an update: {milliseconds[1]:.1f} ms; share {share:.1%}")
+        fraction = statistics.median(a / (a + b) for a, b in pairs)
+        sampling, rest = [1e3 * statistics.median(times) for times in zip(*pairs)]
+        print(f"sampling: {sampling:.2f} ms; the rest of an update: {rest:.1f} ms; fraction {fraction:.1%}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                                            # every script, width 1, dense and sparse
     python benchmarks/throughput.py --tasks dqn-impala --widths 1 2 3 4 --out docs/throughput
+    python benchmarks/throughput.py --tasks stream --widths 8 --sparsities 0.9 0.95 0.99
     python benchmarks/throughput.py --tasks dqn --peer path/to/dqn_atari.py --peer-flags "--learning-starts 1000 ..."
 
 Contenders take turns, so that a machine whose speed drifts slows all of them; ratios are within a turn. The machine's
@@ -37,6 +38,7 @@ import cql_pruned
 import dqn_sparse
 import rainbow_pruned
 import sac_sparse
+import stream_sparse
 from utils.flags import RunFlags
 from utils.masks import apply_masks, prunable
 from utils.replay import Batch
@@ -45,6 +47,7 @@ from utils.runs import choose_device
 ROOT = Path(__file__).resolve().parent.parent
 ATARI = "--env-id ALE/Breakout-v5 --learning-starts 1000 --total-timesteps 1000000"
 CHEETAH = "--env-id HalfCheetah-v5 --learning-starts 1000 --total-timesteps 1000000"
+WALKER = "--env-id Walker2d-v5 --total-timesteps 1000000"
 CQL = "--env-id ALE/Breakout-v5 --dataset {data}"
 TASKS = {  # script, network, flags, agent steps per update
     "dqn": (dqn_sparse, "nature", ATARI, 4),
@@ -53,6 +56,7 @@ TASKS = {  # script, network, flags, agent steps per update
     "sac-mlp": (sac_sparse, "mlp", CHEETAH, 1),
     "sac-simba": (sac_sparse, "simba", CHEETAH, 0.5),
     "cql": (cql_pruned, "nature", CQL, 1),
+    "stream": (stream_sparse, None, WALKER, 1),  # without a limit: its matrices are sparse, and fit into caches
 }
 
 
@@ -165,7 +169,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.plot(
             [row["width"] for row in line], [row["ms_per_update"] for row in line], "o-", label=f"{task} {method}"
         )
-    limits = {(row["task"], row["width"]): row["limit_ms"] for row in rows if row["width"]}
+    limits = {(row["task"], row["width"]): row["limit_ms"] for row in rows if row["limit_ms"]}
     for task in dict.fromkeys(task for task, _ in limits):
         widths = sorted(width for name, width in limits if name == task)
         axes.plot(widths, [limits[task, width] for width in widths], "k:", label=f"{task}, the machine's limit")
@@ -184,8 +188,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--widths", nargs="+", type=int, default=[1])
     parser.add_argument(
-        "--methods", nargs="+", default=["dense", "random"], help="these are 90 %% sparse, but for dense"
+        "--methods", nargs="+", default=["dense", "random"], help="dense, or sparse with each of --sparsities"
     )
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.9])
     parser.add_argument("--flags", default="", help="more flags for our scripts, in one string")
     parser.add_argument("--peer", help="another training script, with as many agent steps per update")
     parser.add_argument("--peer-flags", default="", help="its flags, in one string; 1000 steps before it learns")
@@ -207,12 +212,15 @@ def main() -> None:
         contenders = {}
         for task in args.tasks:
             script, network, flags, steps_per_update = TASKS[task]
-            flags = f"{flags.format(data=folder + '/data')} --network {network} --runs-dir {folder} {args.flags}"
+            flags = f"{flags.format(data=folder + '/data')} --runs-dir {folder} {args.flags}"
+            flags += f" --network {network}" if network else ""
             path = str(ROOT / f"{script.__name__}.py")
             for width in args.widths:
                 for method in args.methods:
-                    ours = f"{flags} --width {width} --method {method} --sparsity 0.9"
-                    contenders[task, width, method] = (path, ours, steps_per_update)
+                    for sparsity in args.sparsities[:1] if method == "dense" else args.sparsities:
+                        ours = f"{flags} --width {width} --method {method} --sparsity {sparsity}"
+                        name = method if method == "dense" or sparsity == 0.9 else f"{method} {sparsity:g}"
+                        contenders[task, width, name] = (path, ours, steps_per_update)
             if args.peer:
                 contenders[task, None, "peer"] = (args.peer, args.peer_flags, steps_per_update)
 
@@ -241,7 +249,7 @@ def main() -> None:
         }
         row["steps_per_second"] = sorted(1e3 / value for value in ms)
         row["limit_ms"] = row["mask_fraction"] = None
-        if width:
+        if width and task != "stream":
             flops, nbytes = update_cost(task, width, method != "dense", device)
             row["limit_ms"] = 1e3 * (flops / flops_rate + nbytes / bandwidth)
             row["mask_fraction"] = mask_fraction(task, width, device) if method != "dense" else None
@@ -252,7 +260,7 @@ def main() -> None:
         row["over_dense"] = sorted(value / base["ms_per_step"] for value, base in zip(ms, dense))
         rows.append(row)
         speed, over = spread(row["steps_per_second"], ",.0f"), spread(row["over_dense"], ".3f")
-        limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if width else ""
+        limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if row["limit_ms"] else ""
         print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} | {limit} ", end="")
         masks = f"{row['mask_fraction']:.1%}" if row["mask_fraction"] else ""
         print(f"| {masks} | {row['memory_gb']:.2f} | {row['startup_s']:.1f} | {over} |")

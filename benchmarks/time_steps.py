@@ -33,25 +33,26 @@ def main() -> None:
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     args = parser.parse_args()
 
-    steps, first, first_time, startup = 0, 0, 0.0, 0.0
+    steps, first, first_time, first_cpu, startup = 0, 0, 0.0, 0.0, 0.0
 
     def synchronize() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def count(new_steps: int) -> None:
-        nonlocal steps, first, first_time, startup
+        nonlocal steps, first, first_time, first_cpu, startup
         if steps == 0:
             startup = time.time() - psutil.Process().create_time()
         steps += new_steps
         if first == 0 and steps >= args.skip:
             synchronize()
-            first, first_time = steps, time.perf_counter()
+            first, first_time, first_cpu = steps, time.perf_counter(), time.process_time()
         timed = steps - first
         if first and timed % args.multiple == 0 and timed and time.perf_counter() - first_time >= args.seconds:
             synchronize()
             result = {
                 "ms_per_step": 1e3 * (time.perf_counter() - first_time) / timed,
+                "cpu_ms_per_step": 1e3 * (time.process_time() - first_cpu) / timed,  # of all threads
                 "startup_s": startup,
                 "memory_gb": psutil.Process().memory_info().rss / 1e9,  # ru_maxrss would be no less than the parent's
                 "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0,

@@ -29,6 +29,7 @@ def shown(value):
         ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("iqn_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
+        ("stream_sparse", []),
     ],
 )
 def test_hyperparameter_table_is_that_of_the_script(script, presets):

@@ -1,17 +1,36 @@
 """Logged experience, read back with nothing but gzip and numpy."""
 
 import gzip
+import io
+import itertools
+import os
+import subprocess
+import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import ROOT
 from gymnasium.spaces import Box
-from gymnasium.vector import VectorWrapper
+from gymnasium.vector import SyncVectorEnv
+from gymnasium.wrappers.vector import TransformReward
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from utils.envs import make_envs
-from utils.offline.write import DatasetWriter, LogDataset, Store
+from utils.offline.read import read_dataset
+from utils.offline.replay import DatasetError
+from utils.offline.write import DatasetWriter, LogDataset
 
 FRAME = (3, 2)
-STORES = ("observation", "action", "reward", "terminal", "truncation")
+SPACES = {1: Box(0, 255, FRAME, np.uint8), 4: Box(0, 255, (4, *FRAME), np.uint8)}
+STORES = {
+    "observation": np.uint8,
+    "action": np.int32,
+    "reward": np.float32,
+    "terminal": np.uint8,
+    "truncation": np.uint8,
+}
 
 
 def read(folder, name, chunk):
@@ -19,257 +38,295 @@ def read(folder, name, chunk):
         return np.load(file)
 
 
-def read_chunk(folder, chunk):
-    """The rows of a chunk, as many as add_count says, from the stores."""
-    count = int(read(folder, "add_count", chunk))
-    stores = {name: read(folder, f"$store$_{name}", chunk) for name in STORES}
-    assert all(len(store) >= count for store in stores.values())
-    return {name: store[:count] for name, store in stores.items()}
+def read_chunks(folder):
+    """The rows of each chunk, as many as its add_count says: (frame's first pixel, action, reward, ends)."""
+    chunks = []
+    for k in sorted(int(path.name.split(".")[-2]) for path in folder.glob("add_count_*")):
+        count = int(read(folder, "add_count", k))
+        frames, *columns = (read(folder, f"$store$_{name}", k)[:count] for name in STORES)
+        assert (frames == frames[:, :1, :1]).all()
+        chunks.append(list(zip(frames[:, 0, 0].tolist(), *(column.tolist() for column in columns))))
+        assert len(chunks[-1]) == count
+    return chunks
 
 
-def chunks(folder):
-    return sorted(int(path.name.split(".")[-2]) for path in folder.glob("add_count_*"))
+def play(episodes):
+    """For each step of a NEXT_STEP environment (first, done, truncated); None for the step that only resets."""
+    for length, truncated in episodes:
+        yield from [(t == 0, t == length - 1, t == length - 1 and truncated) for t in range(length)]
+        yield None
 
 
-def steps(num_envs, lengths, truncated_every, n):
-    """n steps as a NEXT_STEP vector environment gives them, with frames that say which step they are of.
+class Player:
+    """Plays episodes of given (length, truncated), over and over, and notes in `segments` what should be logged.
 
-    Yields (arguments of `DatasetWriter.add`, which environments made a transition).
+    Environment i has frames 1 + 80 i and up. Where a reset from outside cuts an episode short, its rows continue in
+    another segment.
     """
-    step, episode, ended = [0] * num_envs, [1] * num_envs, [False] * num_envs
-    for t in range(n):
-        observation = np.zeros((num_envs, 4, *FRAME), np.uint8)
-        observation[:, -1] = (100 * np.arange(num_envs) + t % 99 + 1)[:, None, None]
-        terminated, truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
-        real = ~np.array(ended)
-        for i in range(num_envs):
-            if ended[i]:
-                step[i], episode[i], ended[i] = 0, episode[i] + 1, False
-                continue
-            step[i] += 1
-            ended[i] = step[i] == lengths[i]
-            (truncated if episode[i] % truncated_every == 0 else terminated)[i] = ended[i]
-        action, reward = np.arange(num_envs) + t % 5, np.full(num_envs, t / 8)
-        yield (observation, action, reward, terminated, truncated), real
+
+    def __init__(self, num_envs, stack, episodes=((7, False), (3, True))):
+        self.num_envs, self.stack, self.time = num_envs, stack, 0
+        self.episodes = [itertools.cycle((*episodes[i:], *episodes[:i])) for i in range(num_envs)]
+        self.segments = [[[]] for _ in range(num_envs)]
+        self.observation = np.full((num_envs, *SPACES[stack].shape), 255, np.uint8)  # one buffer for all steps
+        self.reset()
+
+    def reset(self):
+        self.steps = [play(episodes) for episodes in self.episodes]
+        for segments in self.segments:
+            if segments[-1] and not segments[-1][-1][3]:
+                segments.append([])
+
+    def step(self):
+        """The arguments of `DatasetWriter.add`."""
+        self.time += 1
+        frame = 1 + 80 * np.arange(self.num_envs) + self.time % 79
+        newest = self.observation[:, -1] if self.stack > 1 else self.observation
+        newest[:] = frame[:, None, None]
+        action, reward = np.arange(self.num_envs) + self.time % 5, np.full(self.num_envs, self.time / 8)
+        done, truncated = np.zeros((2, self.num_envs), bool)
+        for i, (segments, steps) in enumerate(zip(self.segments, self.steps)):
+            step = next(steps)
+            if step:
+                first, done[i], truncated[i] = step
+                zeros = [(0, 0, 0.0, 0, 0)] * (self.stack - 1) * first
+                row = int(frame[i]), int(action[i]), float(reward[i]), int(done[i]), int(truncated[i])
+                segments[-1] += [*zeros, row]
+        return self.observation, action, reward, done & ~truncated, truncated
 
 
-def expected_rows(num_envs, stream, stack=4):
-    """Row by row, what the layout asks for: zeros before each episode, terminals at time-outs too."""
-    rows = [[] for _ in range(num_envs)]
-    begins = [True] * num_envs
-    for (observation, action, reward, terminated, truncated), real in stream:
-        for i in np.flatnonzero(real):
-            if begins[i]:
-                rows[i] += [(np.zeros(FRAME), 0, 0.0, 0, 0)] * (stack - 1)
-            end = terminated[i] or truncated[i]
-            rows[i].append((observation[i, -1], action[i], reward[i], int(end), int(truncated[i])))
-            begins[i] = end
-    return rows
-
-
-def assert_rows(chunk, rows):
-    assert len(chunk["action"]) == len(rows)
-    for name, column in zip(STORES, zip(*rows)):
-        np.testing.assert_array_equal(chunk[name], np.array(column), err_msg=name)
-
-
-def writer(folder, num_envs=1, **options):
-    return DatasetWriter(str(folder), num_envs, Box(0, 255, (4, *FRAME), np.uint8), 4, "ALE/Pong-v5", **options)
+def writer(folder, num_envs=1, stack=4, **options):
+    return DatasetWriter(str(folder), num_envs, SPACES[stack], stack, "ALE/Pong-v5", **options)
 
 
 def test_the_layout_of_the_dqn_replay_dataset(tmp_path):
-    stream = list(steps(1, [7], 2, 40))
-    dataset = writer(tmp_path)
-    for row, _ in stream:
-        dataset.add(*row)
+    dataset, player = writer(tmp_path), Player(1, 4)
+    for _ in range(40):
+        dataset.add(*player.step())
     dataset.close()
     names = {f"$store$_{name}_ckpt.0.gz" for name in STORES} | {"add_count_ckpt.0.gz", "invalid_range_ckpt.0.gz"}
-    names |= {"dataset.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    kinds = {name: read(tmp_path, f"$store$_{name}", 0).dtype for name in STORES}
-    assert kinds == {
-        "observation": np.uint8,
-        "action": np.int32,
-        "reward": np.float32,
-        "terminal": np.uint8,
-        "truncation": np.uint8,
-    }
-    chunk, rows = read_chunk(tmp_path, 0), expected_rows(1, stream)[0]
-    assert chunk["observation"].shape == (35 + 5 * 3, *FRAME)  # 35 of 40 steps are transitions, of 5 episodes
-    assert chunk["terminal"].sum() == 5 and chunk["truncation"].sum() == 2
-    assert not chunk["observation"][:3].any() and not chunk["terminal"][:3].any() and chunk["observation"][3].all()
-    assert_rows(chunk, rows)
-    # As in Dopamine for a full ring of 50 rows: the last, which has no successor, and the first three, without a past
-    assert sorted(set(read(tmp_path, "invalid_range", 0).tolist())) == [0, 1, 2, 3, 49]
+    assert {path.name for path in tmp_path.iterdir()} == names | {"dataset.json", "dataset.lock"}
+    rows = 34 + 7 * 3  # 6 of 40 steps only reset; zeros precede each of 7 episodes
+    for name, dtype in STORES.items():
+        store = read(tmp_path, f"$store$_{name}", 0)
+        assert store.dtype == dtype and store.shape == ((rows, *FRAME) if name == "observation" else (rows,))
+    assert read_chunks(tmp_path) == player.segments[0]
+    # As in Dopamine for a full ring: the last row, which has no successor, and the first three, without a past
+    assert sorted(set(read(tmp_path, "invalid_range", 0).tolist())) == [0, 1, 2, 3, rows - 1]
 
 
-def test_environments_fill_chunks_of_their_own_and_chunks_roll_over(tmp_path):
-    stream = list(steps(2, [5, 9], 3, 60))
-    dataset = writer(tmp_path, 2, chunk_rows=16, flush_every=6)
-    for row, _ in stream:
-        dataset.add(*row)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.sampled_from([1, 4]),
+    st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=3, max_size=5),
+    st.sets(st.integers(0, 59), max_size=4),
+    st.integers(5, 40),
+    st.integers(1, 12),
+)
+def test_every_step_is_logged(tmp_path_factory, num_envs, stack, episodes, resets, chunk_rows, flush_every):
+    """Each environment fills chunks of its own; no chunk holds an episode that was cut short, but at its end."""
+    folder, player = tmp_path_factory.mktemp("set"), Player(num_envs, stack, episodes)
+    dataset = writer(folder, num_envs, stack, chunk_rows=chunk_rows, flush_every=flush_every)
+    for t in range(60):
+        if t in resets:
+            player.reset()
+            dataset.end_episodes()
+        dataset.add(*player.step())
     dataset.close()
-    by_env = [[], []]
-    for k in chunks(tmp_path):
-        chunk = read_chunk(tmp_path, k)
-        frames = chunk["observation"].reshape(len(chunk["action"]), -1).max(1)
-        owners = set(frames[frames > 0] // 100)
-        assert len(owners) == 1
-        by_env[owners.pop()].append(chunk)
-    for parts, rows in zip(by_env, expected_rows(2, stream)):
-        full, rest = divmod(len(rows), 16)
-        assert [len(part["action"]) for part in parts] == [16] * full + [rest] * (rest > 0)
-        assert_rows({name: np.concatenate([part[name] for part in parts]) for name in STORES}, rows)
+    found = [[] for _ in range(num_envs)]
+    for chunk in read_chunks(folder):
+        found[max(row[0] for row in chunk) // 81].append(chunk)
+    for chunks, segments in zip(found, player.segments):
+        assert chunks == [rows[i : i + chunk_rows] for rows in segments for i in range(0, len(rows), chunk_rows)]
 
 
-def test_vectors_have_no_rows_of_zeros(tmp_path):
-    dataset = DatasetWriter(str(tmp_path), 1, Box(-1, 1, (3,), np.float32), 1, "Vectors-v0")
-    observations = np.random.default_rng(0).standard_normal((6, 1, 3)).astype(np.float32)
-    ends = [False, False, True, False, False, True]  # the row after an end only resets
-    for observation, end in zip(observations, ends):
-        dataset.add(observation, np.array([1]), np.array([0.5]), np.array([end]), np.array([False]))
-    dataset.close()
-    chunk = read_chunk(tmp_path, 0)
-    np.testing.assert_array_equal(chunk["observation"], observations[[0, 1, 2, 4, 5], 0])
-    assert chunk["terminal"].tolist() == [0, 0, 1, 0, 1]
-
-
-def test_can_be_read_while_it_grows(tmp_path):
-    stream = list(steps(1, [7], 2, 50))
-    dataset = writer(tmp_path, flush_every=10)
-    for t, (row, _) in enumerate(stream):
-        dataset.add(*row)
-        if t >= 20:
-            rows = expected_rows(1, stream[: t + 1])[0]
-            chunk = read_chunk(tmp_path, 0)
-            count = len(chunk["action"])
-            assert len(rows) - count < 10  # at most flush_every rows are not on the disk
-            assert_rows(chunk, rows[:count])
+@pytest.mark.parametrize("limit", [{"flush_every": 10}, {"flush_every": 1_000, "flush_seconds": 0}])
+def test_can_be_read_while_it_grows(tmp_path, limit):
+    dataset, player = writer(tmp_path, **limit), Player(1, 4)
+    for _ in range(50):
+        dataset.add(*player.step())
+        (rows,), chunks = player.segments[0], read_chunks(tmp_path)
+        on_disk = chunks[0] if chunks else []
+        assert on_disk == rows[: len(on_disk)]
+        assert len(rows) - len(on_disk) < (10 if limit["flush_every"] == 10 else 1)
     dataset.close()
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("torn", [False, True])
-def test_a_kill_in_the_middle_of_an_append_loses_only_the_latest_rows(tmp_path, monkeypatch, store, torn):
-    """The data of one store is on the disk, whole or in part, its header and whatever comes after it is not."""
-    stream = list(steps(1, [7], 2, 40))
-    dataset = writer(tmp_path, flush_every=10)
-    for row, _ in stream:
-        dataset.add(*row)
-    before = read_chunk(tmp_path, 0)
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
 
-    def die(self):
-        if store in self.file.name:
-            if torn:
-                self.file.truncate(self.file.seek(0, 2) - 7)
-            raise Killed
+class Disk:
+    """Makes `open` write to a disk that has `room` bytes left; the write that does not fit is cut short.
 
-    monkeypatch.setattr(Store, "_write_header", die)
-    with pytest.raises(Killed):
-        for row, _ in stream:
-            dataset.add(*row)
-    after = read_chunk(tmp_path, 0)
-    assert len(before["action"]) == len(after["action"]) > 30
-    for name in STORES:
-        np.testing.assert_array_equal(before[name], after[name])
+    A write in place, of a few bytes, takes no room but the one that is counted for it, and is not cut: it lies within a
+    block of the file system, and a kill does not divide a system call.
+    """
 
-    monkeypatch.undo()
-    again = writer(tmp_path, append=True)  # a resumed run writes new chunks, and leaves this one alone
-    for row, _ in stream[:5]:
-        again.add(*row)
+    def __init__(self, room, error):
+        self.room, self.error, self.open = room, error, open
+
+    def __enter__(self):
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data):
+                data = bytes(data)
+                in_place = self.tell() < os.fstat(self.fileno()).st_size
+                fits = len(data) * (disk.room > 0) if in_place else min(len(data), disk.room)
+                disk.room -= min(fits, 1) if in_place else fits
+                super().write(data[:fits])
+                if fits == len(data) or disk.error is None:
+                    return len(data)
+                if disk.error is Killed:
+                    disk.error = None  # nothing happens after a kill
+                    raise Killed
+                raise disk.error
+
+        def limited(path, mode="r", *args, **kwargs):
+            writes = mode in ("wb", "xb")
+            return io.BufferedWriter(File(path, mode[0])) if writes else self.open(path, mode, *args, **kwargs)
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("builtins.open", limited)
+        return self
+
+    def __exit__(self, *exception):
+        self.patch.undo()
+
+
+def blocks(folder, num_envs):
+    """Each environment's rows as (frame, action), as the reader finds them."""
+    found = [[] for _ in range(num_envs)]
+    try:
+        rows = read_dataset(str(folder), SPACES[4], 4, 1.0, None)
+    except DatasetError as error:
+        assert "holds no" in str(error)
+        return found
+    for block in np.split(np.arange(len(rows.action)), rows.first[1:]):
+        frames = rows.observation[block, 0, 0].tolist()
+        found[max(frames) // 81] += zip(frames, rows.action[block].tolist())
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 22_000), st.booleans())
+def test_a_kill_or_a_full_disk_at_any_byte_loses_only_the_latest_rows(tmp_path_factory, room, kill):
+    folder, player = tmp_path_factory.mktemp("set"), Player(2, 4)
+    dataset = writer(folder, 2, chunk_rows=16, flush_every=6)
+    logged, error = [0, 0], Killed if kill else OSError(28, "No space left on device")
+    with Disk(room, error) as disk:
+        try:
+            for _ in range(60):
+                dataset.add(*player.step())
+                if not dataset.disk_full:
+                    logged = [len(segments[0]) for segments in player.segments]
+            dataset.close()
+        except Killed:
+            logged = [len(segments[0]) for segments in player.segments]
+            dataset.lock.release()
+        full, disk.room = dataset.disk_full, 1 << 30
+        if not kill:  # there is room again, but the dataset would have a hole
+            for _ in range(20):
+                dataset.add(*player.step())
+    found = blocks(folder, 2)
+    for rows, (segment,), count in zip(found, player.segments, logged):
+        assert rows == [row[:2] for row in segment[: len(rows)]]
+        assert len(rows) > count - 6 - 2 * 4 or not (full or kill)
+    again, player = writer(folder, 2, append=True), Player(2, 4)
+    for _ in range(5):
+        again.add(*player.step())
     again.close()
-    assert chunks(tmp_path) == [0, 1]
-    assert_rows(read_chunk(tmp_path, 1), expected_rows(1, stream[:5])[0])
-    for name in STORES:
-        np.testing.assert_array_equal(read_chunk(tmp_path, 0)[name], before[name])
+    for before, after, (segment,) in zip(found, blocks(folder, 2), player.segments):
+        assert after == before + [row[:2] for row in segment]
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_a_full_disk_ends_the_set_and_not_the_run(tmp_path, monkeypatch, capsys, store):
-    stream = list(steps(2, [7, 5], 2, 40))
-    dataset = writer(tmp_path, num_envs=2, flush_every=10)
-    for row, _ in stream:
-        dataset.add(*row)
-    before = [read_chunk(tmp_path, k) for k in (0, 1)]
-
-    def full(self, rows):
-        if store in self.file.name:
-            raise OSError(28, "No space left on device")
-        append(self, rows)
-
-    append = Store.append
-    monkeypatch.setattr(Store, "append", full)
-    for row, _ in stream:
-        dataset.add(*row)
-    monkeypatch.undo()  # there is room again: the set would have a hole
-    for row, _ in stream:
-        dataset.add(*row)
-    dataset.close()
-    assert capsys.readouterr().err.count("No space left") == 1
-    assert sum(map(len, dataset.waiting)) == 0
-    for k in (0, 1):
-        after = read_chunk(tmp_path, k)
-        for name in STORES:
-            np.testing.assert_array_equal(before[k][name], after[name])
+@pytest.mark.parametrize("room", [0, 100, 300, 1_000])
+def test_a_full_disk_ends_the_dataset_with_one_warning(tmp_path, capsys, room):
+    dataset, player = writer(tmp_path, flush_every=6), Player(1, 4)
+    with Disk(room, OSError(28, "No space left on device")):
+        for _ in range(60):
+            dataset.add(*player.step())
+        dataset.close()
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path):
+def test_folders_that_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError):
-        writer(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    writer(tmp_path, append=True).close()
-    with pytest.raises(OSError):
-        writer(tmp_path / "notes.txt")
+    monkeypatch.chdir(tmp_path / "empty")
+    for folder in (tmp_path, tmp_path / "notes.txt", ""):
+        with pytest.raises(OSError):
+            writer(folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notes.txt"]
 
 
-def test_two_runs_cannot_share_a_folder(tmp_path):
-    first = writer(tmp_path / "set")
-    with pytest.raises(FileExistsError):
-        writer(tmp_path / "set")
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    first, player = writer(tmp_path / "set"), Player(1, 4)
+    for append in (False, True):
+        with pytest.raises(OSError):
+            writer(tmp_path / "set", append=append)
     first.close()
-    writer(tmp_path / "set", append=True).close()  # a resumed run
+    first = writer(tmp_path / "set")  # nothing was logged
+    first.add(*player.step())
+    first.close()
+    with pytest.raises(OSError):
+        writer(tmp_path / "set")
+    with pytest.raises(OSError):
+        DatasetWriter(str(tmp_path / "set"), 1, SPACES[4], 4, "ALE/Breakout-v5", append=True)
+    writer(tmp_path / "set", append=True).close()
 
 
 @pytest.mark.parametrize("clip_rewards", [False, True])
 def test_environments_are_logged_as_they_pass(tmp_path, clip_rewards):
-    """Against what a plain environment with the same seed and actions gives."""
-    logging, plain = make_envs("Acrobot-v1", 2), make_envs("Acrobot-v1", 2)
-    logging = LogDataset(logging, str(tmp_path), 1, "Acrobot-v1", clip_rewards)
-    rng, rows, ended = np.random.default_rng(0), [[], []], np.zeros(2, bool)
-    (observation, _), (same, _) = plain.reset(seed=3), logging.reset(seed=3)
-    np.testing.assert_array_equal(observation, same)
+    """Against what the same environments give without the log, for the same seed and actions."""
+
+    def make():  # with one buffer for all observations
+        envs = SyncVectorEnv([lambda: gym.make("Acrobot-v1")] * 2, copy=False)
+        return TransformReward(envs, lambda reward: 5 * reward)
+
+    plain, logging = make(), LogDataset(make(), str(tmp_path), 1, "Acrobot-v1", clip_rewards)
+    rng, rows, done = np.random.default_rng(0), [[], []], np.zeros(2, bool)
     for t in range(600):  # time-outs at 500
-        if t == 550:  # a reset from outside: new episodes
-            observation, ended = plain.reset(seed=4)[0], np.zeros(2, bool)
-            logging.reset(seed=4)
+        if t in (0, 550):
+            (observation, _), (same, _) = plain.reset(seed=t), logging.reset(seed=t)
+            np.testing.assert_array_equal(observation, same)
+            observation = observation.copy()
+            done[:] = False
         action = rng.integers(3, size=2)
         following, reward, terminated, truncated, _ = plain.step(action)
-        passed = logging.step(action)
-        np.testing.assert_array_equal(passed[0], following)
-        np.testing.assert_array_equal(passed[1], reward)
-        for i in np.flatnonzero(~ended):
+        for expected, passed in zip((following, reward, terminated, truncated), logging.step(action)):
+            np.testing.assert_array_equal(passed, expected)
+        logged_reward = np.maximum(reward, -1) if clip_rewards else reward
+        for i in np.flatnonzero(~done):
             end = terminated[i] or truncated[i]
-            rows[i].append((observation[i].copy(), action[i], reward[i], end, truncated[i]))
-        observation, ended = following.copy(), terminated | truncated
+            rows[i].append((*observation[i], action[i], logged_reward[i], end, truncated[i]))
+        observation, done = following.copy(), terminated | truncated
     logging.close()
-    for k in chunks(tmp_path):
-        chunk = read_chunk(tmp_path, k)
-        expected = next(own for own in rows if np.array_equal(own[0][0], chunk["observation"][0]))
-        assert_rows(chunk, expected)
+    found = [[], []]
+    for k in range(len(list(tmp_path.glob("add_count*")))):
+        stores = [read(tmp_path, f"$store$_{name}", k) for name in STORES]
+        chunk = np.column_stack(stores).tolist()
+        found[0 if chunk[0] in np.array(rows[0]).tolist() else 1] += chunk
+    assert found == [np.array(own).tolist() for own in rows]
 
 
-def test_logged_rewards_are_clipped_and_true_ones_pass(tmp_path):
-    class Generous(VectorWrapper):
-        def step(self, actions):
-            observation, reward, *rest = self.env.step(actions)
-            return observation, 5 * reward, *rest
+def test_only_discrete_actions_are_logged(tmp_path):
+    with pytest.raises(TypeError):
+        LogDataset(make_envs("Pendulum-v1", 1), str(tmp_path), 1, "Pendulum-v1", False)
 
-    envs = LogDataset(Generous(make_envs("CartPole-v1", 1)), str(tmp_path), 1, "CartPole-v1", clip_rewards=True)
-    envs.reset(seed=1)
-    assert [envs.step(np.array([0]))[1][0] for _ in range(3)] == [5, 5, 5]
-    envs.close()
-    assert read_chunk(tmp_path, 0)["reward"].tolist() == [1, 1, 1]
+
+def test_an_error_in_the_run_loses_no_rows(tmp_path):
+    code = f"""
+from utils.envs import make_envs
+from utils.offline.write import LogDataset
+envs = LogDataset(make_envs("CartPole-v1", 1), {str(tmp_path)!r}, 1, "CartPole-v1", False)
+envs.reset(seed=1)
+for _ in range(5):
+    envs.step(envs.action_space.sample())
+raise RuntimeError
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 1
+    assert read(tmp_path, "add_count", 0) == 5

@@ -66,7 +66,7 @@ def state_of(part: object) -> object:
     """The state of a network, optimizer, replay or tensor, or of each in a dictionary of them."""
     if isinstance(part, dict):
         return {name: state_of(each) for name, each in part.items()}
-    return part.detach() if isinstance(part, torch.Tensor) else part.state_dict()
+    return part.detach().clone() if isinstance(part, torch.Tensor) else part.state_dict()  # a view would bring its base
 
 
 @torch.no_grad()

@@ -231,11 +231,12 @@ def protocol(args: RunFlags) -> dict[str, float]:
     }
 
 
-def open_envs(args: RunFlags, action_space: type[gym.Space]) -> VectorEnv:
+def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Space], ...]) -> VectorEnv:
     """The training environments of `--env-id` and `--num-envs`; with `--save-dataset`, they log what passes.
 
-    An id that is unknown, cannot be made on this machine, or has other spaces than `action_space` (`Discrete`, or `Box`
-    with bounds) and vectors or images ends the program with one line. So does `--capture-video` without a renderer.
+    An id that is unknown, cannot be made on this machine, or has other spaces than `action_space` (`Discrete`, `Box`
+    with bounds, or either) and vectors or images ends the program with one line. So does `--capture-video` without a
+    renderer.
     """
     problem = unknown_env(args.env_id)
     if problem:
@@ -247,11 +248,13 @@ def open_envs(args: RunFlags, action_space: type[gym.Space]) -> VectorEnv:
     except Exception as error:  # of whatever library the environment needs
         fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space
-    discrete = action_space is gym.spaces.Discrete
-    actions_fit = isinstance(actions, action_space) and (discrete or actions.is_bounded())
+    actions_fit = isinstance(actions, action_space) and (
+        isinstance(actions, gym.spaces.Discrete) or actions.is_bounded()
+    )
     is_game = atari_game(args.env_id) or is_minatar(args.env_id)
     if not actions_fit or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not is_game):
-        kind = "discrete actions" if discrete else "bounded continuous actions"
+        kinds = {gym.spaces.Discrete: "discrete actions", gym.spaces.Box: "bounded continuous actions"}
+        kind = kinds.get(action_space, "discrete or bounded continuous actions")
         fail(f"--env-id: expected {kind} and vectors (or a game) as observations, got {actions} and {space}")
     problem = cannot_render(args.env_id) if args.capture_video else None
     if problem:

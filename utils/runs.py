@@ -111,6 +111,7 @@ class Run:
         rng: np.random.Generator,
         total: int | None = None,
         unit: str = "step",
+        progress: bool = True,
     ) -> None:
         """Makes the run's folder; with `--resume`, restores the state in place and continues in the same folder.
 
@@ -121,6 +122,7 @@ class Run:
             rng: the script's own random number generator.
             total: length of the run, `args.total_timesteps` unless given.
             unit: what a step is called on the progress line.
+            progress: show that line; of several runs in one process, one does.
         """
         wandb = import_wandb() if args.track else None
         self.args, self.state, self.rng, self.unit = args, state, rng, unit
@@ -146,6 +148,7 @@ class Run:
             total=self.total,
             initial=self.step,
             unit=unit,
+            disable=not progress,
             unit_scale=True,
             bar_format="{percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt} [<{remaining}, {rate_fmt}{postfix}]",
             dynamic_ncols=True,
@@ -272,10 +275,14 @@ class Run:
             done: (num_envs,) bool.
         """
         for i in np.flatnonzero(done):
-            self.latest_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
-            self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_return", self.latest_return, self.step)
-            self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_length", length, self.step)
-            self._row("episodes.csv", self.step, f"{self.latest_return:g}", length)
+            self.log_episode(float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]))
+
+    def log_episode(self, episodic_return: float, length: int) -> None:
+        """Logs one episode that ended in this step."""
+        self.latest_return = episodic_return
+        self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_return", episodic_return, self.step)
+        self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_length", length, self.step)
+        self._row("episodes.csv", self.step, f"{episodic_return:g}", length)
 
     def evaluate(self, policy: Policy, video_folder: Path | None = None) -> np.ndarray:
         """Plays `--eval-episodes` episodes, the same ones at each call, and logs them; returns (episodes,) returns."""
@@ -324,7 +331,8 @@ class Run:
             stop_signal.restore()
 
     def stop(self) -> None:
-        """Ends a run that a signal asked to stop: writes the checkpoint, says how to resume, and exits."""
+        """Ends a run that a signal asked to stop: writes the checkpoint, says how to resume, and exits, unless other
+        runs in this process are still open."""
         number = stop_signal.number
         self.bar.close()
         try:
@@ -335,7 +343,8 @@ class Run:
         self.close()
         checkpoint = os.path.relpath(self.folder / "checkpoint.pt")
         print(f"stopped at {self.unit} {self.step}; resume with: python {self.script.name} --resume {checkpoint}")
-        raise SystemExit(128 + number)
+        if not Run.open:
+            raise SystemExit(128 + number)
 
     def save_model(self, networks: dict[str, nn.Module], masks: dict[str, dict]) -> None:
         """Writes `model.pt`: the networks by name, and their masks by the weights' names (a dense network has none).

@@ -11,13 +11,13 @@ the ring buffer that the chunk is a copy of. What follows from how these copies 
   tells them apart.
 """
 
+import errno
 import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +28,10 @@ from filelock import FileLock
 from gymnasium.spaces import Box
 from tqdm import tqdm
 
+from utils.flags import first_line
 from utils.offline.replay import DatasetError, Rows
 
-PIECE = 1 << 22  # bytes that are decompressed at a time
-CHECKED_ROWS = 1 << 20  # rows that are checked at a time
+PIECE = 1 << 22  # bytes that are decompressed at a time, a multiple of every dtype's size
 
 
 def layout_of(space: Box, stack: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -66,7 +66,7 @@ def dataset_env_id(source: str) -> str | None:
         spec = load_minari(source).env_spec
         return spec.id if spec else None
     if not Path(source).is_dir():
-        raise DatasetError(f"--dataset: {source} is not a folder")
+        raise DatasetError(f"{source} is not a folder")
     note = Path(source) / "dataset.json"
     if note.exists():
         try:
@@ -80,93 +80,77 @@ def dataset_env_id(source: str) -> str | None:
     return f"ALE/{game[1]}-v5" if game else None
 
 
-def read_dataset(source: str, space: Box, stack: int, fraction: float, seed: int | None) -> Rows:
+def read_dataset(
+    source: str, space: Box, stack: int, fraction: float, seed: int | None, cache_dir: str | None = None
+) -> Rows:
     """The first part of every chunk, or a random block of it. Files are unpacked to a cache that later runs find.
 
-    The cache is `<folder>/cache/<fraction>/`, or in the system's temporary directory if the dataset is read-only: plain
-    npy files as large as what is kept. It is made in one pass over the chunks that holds a few MB in memory, is renamed
-    into place when complete, and is made again when a file of the dataset has changed.
+    A cache consists of plain npy files, as large as what is kept. It is made in one pass over the chunks that holds a
+    few MB in memory, is renamed into place when complete, and is made again when a file of the dataset has changed.
 
     Args:
         source: a folder, or `minari:<id>`.
         space: of one observation.
-        stack: frames in its first dimension; 1 for vectors.
+        stack: frames in its first dimension; 1 for vectors and single images.
         fraction: fraction of each chunk's rows, in (0, 1].
         seed: seed of the positions of the random blocks; None takes the first rows.
+        cache_dir: folder for the caches of any number of datasets. None is `<source>/cache`, or if that cannot be
+            written, the user's cache directory.
 
     Raises:
-        DatasetError: the dataset is missing, damaged, of another kind of environment, or has values without a meaning.
+        DatasetError: the dataset is missing, damaged, of another kind of environment, or holds invalid values.
     """
     layout = layout_of(space, stack)
     if source.startswith("minari:"):
-        return checked(read_minari(source, *layout["observation"], fraction, seed), source)
+        return read_minari(source, *layout["observation"], fraction, seed)
     folder = Path(source)
     if not folder.is_dir():
-        raise DatasetError(f"--dataset: {folder} is not a folder")
+        raise DatasetError(f"{folder} is not a folder")
     if not chunks_in(folder):
-        raise DatasetError(f"--dataset: {folder} holds no $store$_observation_ckpt.0.gz or the like")
+        raise DatasetError(f"{folder} holds no $store$_observation_ckpt.0.gz or the like")
     name = f"{fraction:g}" if seed is None else f"{fraction:g}-seed{seed}"
-    cache = cache_folder(folder) / name
+    caches = [root / name for root in cache_roots(folder, cache_dir)]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.gz"))]
     made_from = json.dumps([files, [(shape, dtype.str) for shape, dtype in layout.values()]])
-
-    def up_to_date() -> bool:
-        note = cache / "made_from.json"
-        return note.exists() and note.read_text() == made_from
-
-    if not up_to_date():
+    for cache in caches:
+        if is_made_from(cache, made_from):
+            return open_cache(cache)
+    for cache in caches:
         try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(cache.parent / f"{name}.lock"):  # several runs may start at once
-                if not up_to_date():
+                if not is_made_from(cache, made_from):
                     prepare(folder, cache, layout, fraction, seed, made_from)
         except OSError as error:
-            raise DatasetError(f"{cache} cannot be written: {error.strerror}") from error
+            if cache == caches[-1] or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DatasetError(f"the cache {cache} cannot be written: {error.strerror}") from error
+            print(f"note: {cache.parent} cannot be written ({error.strerror}), the cache is in {caches[-1].parent}")
+        else:
+            return open_cache(cache)
+
+
+def cache_roots(folder: Path, cache_dir: str | None) -> list[Path]:
+    """Where the caches of a dataset may be, the preferred place first."""
+    path = folder.resolve()
+    name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if cache_dir:
+        return [Path(cache_dir).expanduser() / name]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [folder / "cache", Path(user) / "sparse-rl" / name]
+
+
+def is_made_from(cache: Path, made_from: str) -> bool:
+    """Whether a cache is complete and up to date."""
+    note = cache / "made_from.json"
+    return note.exists() and note.read_text() == made_from
+
+
+def open_cache(cache: Path) -> Rows:
     try:
         # Copy-on-write: torch wants memory that it may write to, though nobody does
-        rows = Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
+        return Rows(*(np.load(cache / f"{field}.npy", mmap_mode="c") for field in Rows._fields))
     except (OSError, ValueError, EOFError):
         raise DatasetError(f"{cache} is damaged; delete it, and it is made again") from None
-    return checked(rows, source)
-
-
-def cache_folder(folder: Path) -> Path:
-    """Where the caches of a dataset are: in its folder, or in the system's temporary directory if that is read-only."""
-    try:
-        (folder / "cache").mkdir(exist_ok=True)
-        if os.access(folder / "cache", os.W_OK):
-            return folder / "cache"
-    except OSError:
-        pass
-    path = str(folder.resolve())
-    cache = Path(tempfile.gettempdir()) / f"sparse-rl-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
-    cache.mkdir(exist_ok=True)
-    print(f"note: {folder} is read-only, its cache is in {cache}")
-    return cache
-
-
-def checked(rows: Rows, source: str) -> Rows:
-    """The same rows.
-
-    Raises:
-        DatasetError: an observation or a reward is not finite, an action is negative, a terminal is not 0 or 1.
-    """
-    valid = {
-        "observation": np.isfinite,
-        "action": lambda action: action >= 0,
-        "reward": np.isfinite,
-        "terminal": lambda terminal: terminal <= 1,
-        "truncation": lambda truncation: truncation <= 1,
-    }
-    for name, is_valid in valid.items():
-        column = getattr(rows, name)
-        if name == "observation" and column.dtype.kind in "ub":
-            continue  # pixels: any value will do, and there are many
-        for first in range(0, len(column), CHECKED_ROWS):
-            part = column[first : first + CHECKED_ROWS]
-            if not is_valid(part).all():
-                bad = first + int(np.flatnonzero(~is_valid(part).reshape(len(part), -1).all(axis=1))[0])
-                raise DatasetError(f"{source}: store {name}: row {bad} of those used holds {column[bad]}")
-    return rows
 
 
 def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int | None, made_from: str) -> None:
@@ -187,7 +171,8 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        unpack(folder, beside, layout, given, blocks, total)
+        with tqdm(total=total, unit="rows", desc=f"unpacking to {cache}", delay=5) as bar:
+            unpack(folder, beside, layout, given, blocks, bar)
         (beside / "made_from.json").write_text(made_from)
         shutil.rmtree(cache, ignore_errors=True)
         beside.rename(cache)
@@ -195,21 +180,41 @@ def prepare(folder: Path, cache: Path, layout: dict, fraction: float, seed: int 
         shutil.rmtree(beside, ignore_errors=True)  # a full disk gets its space back
 
 
-def unpack(folder: Path, out_folder: Path, layout: dict, given: list[str], blocks: list, total: int) -> None:
+def unpack(folder: Path, out_folder: Path, layout: dict, given: list[str], blocks: list, bar: tqdm) -> None:
     """Writes rows of every store, those in `blocks` of (chunk, first row, rows), to one npy file each."""
-    bar = tqdm(total=total, unit="rows", desc=f"unpacking to {out_folder}", delay=5)
     for name, (shape, dtype) in layout.items():
         with (out_folder / f"{name}.npy").open("wb") as out:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total, *shape)}
-            np.lib.format.write_array_header_1_0(out, header)
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(out, header | {"shape": (bar.total, *shape)})
             for k, start, rows in blocks:
-                pieces = read_rows(store_path(folder, name, k), start, rows) if name in given else [bytes(rows)]
-                for piece in pieces:
+                path = store_path(folder, name, k)
+                for piece in read_rows(path, start, rows) if name in given else [bytes(rows)]:
+                    check_values(name, np.frombuffer(piece, dtype), str(path))
                     out.write(piece)
                 if name == "observation":  # the other stores are small
                     bar.update(rows)
-    bar.close()
     np.save(out_folder / "first.npy", np.cumsum([0] + [rows for _, _, rows in blocks[:-1]]))
+
+
+FINITE = "finite numbers", np.isfinite
+FLAGS = "0 and 1", lambda values: values <= 1
+VALID = {
+    "observation": FINITE,
+    "action": ("integers of at least 0", lambda values: values >= 0),
+    "reward": FINITE,
+    "terminal": FLAGS,
+    "truncation": FLAGS,
+}
+
+
+def check_values(name: str, values: np.ndarray, source: str) -> None:
+    """Raises a DatasetError that names the `source` if a store has values without a meaning."""
+    if name == "observation" and values.dtype.kind in "ub":
+        return  # pixels: many, and all valid
+    expected, is_valid = VALID[name]
+    valid = is_valid(values)
+    if not valid.all():
+        raise DatasetError(f"{source} holds {values[~valid][0]}, expected {expected}")
 
 
 def block(rows: int, fraction: float, rng: np.random.Generator | None) -> tuple[int, int]:
@@ -222,27 +227,24 @@ def whole_rows(folder: Path, k: int, layout: dict) -> int:
     """How many rows of chunk `k`, from its first on, are complete and belong to its last round.
 
     Raises:
-        DatasetError: a store is missing, damaged, of another shape or type, or shorter than the others.
+        DatasetError: a store is missing, damaged, or of another shape or type.
     """
-    lengths = {}
+    lengths = []
     for name, (shape, dtype) in layout.items():
         path = store_path(folder, name, k)
         with open_store(path) as (_, (rows, *found_shape), found_dtype):
-            lengths[path] = rows
+            lengths.append(rows)
         if (tuple(found_shape), found_dtype) != (shape, dtype):
             found = f"rows of shape {tuple(found_shape)} and type {found_dtype}"
             raise DatasetError(f"{path} holds {found}; this environment takes {shape} and {dtype}")
-    shortest = min(lengths, key=lengths.get)
-    if lengths[shortest] == 0:
-        return 0
+        if rows == 0:
+            return 0  # a log that was killed before the chunk's first rows, perhaps before it had all of its stores
     with naming(folder / f"add_count_ckpt.{k}.gz") as path, gzip.open(path) as file:
         count = int(np.load(file, allow_pickle=False).item())
         if count < 1:
             raise ValueError(f"it counts {count} rows")
-    if len(set(lengths.values())) == 1:
-        return count % lengths[shortest] or lengths[shortest]
-    if lengths[shortest] < count:
-        raise DatasetError(f"{shortest} has {lengths[shortest]:,} rows, others of its chunk {max(lengths.values()):,}")
+    if len(set(lengths)) == 1:
+        return count % lengths[0] or lengths[0]
     return count  # a log that was killed between two stores
 
 
@@ -280,7 +282,7 @@ def read_rows(path: Path, start: int, rows: int) -> Iterator[bytes]:
         skip, left = start * row, rows * row
         while left:
             piece = file.read(min(PIECE, skip or left))
-            if not piece:
+            if len(piece) < min(PIECE, skip or left):
                 raise EOFError("it ends before its last row")
             if skip:
                 skip -= len(piece)
@@ -294,11 +296,11 @@ def load_minari(source: str):
     try:
         import minari
     except ImportError:
-        raise DatasetError(f'--dataset: {source} needs Minari; pip install "minari[hdf5,hf]"') from None
+        raise DatasetError(f'{source} needs Minari; pip install "minari[hdf5,hf]"') from None
     try:
         return minari.load_dataset(source.removeprefix("minari:"), download=True)
     except Exception as error:  # network, unknown id, missing extras, other formats: its own errors are many
-        raise DatasetError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DatasetError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
 def read_minari(source: str, shape: tuple[int, ...], dtype: np.dtype, fraction: float, seed: int | None) -> Rows:
@@ -315,6 +317,10 @@ def read_minari(source: str, shape: tuple[int, ...], dtype: np.dtype, fraction: 
         reward = np.append(episode.rewards, 0.0)[:rows].astype(np.float32)
         truncation = last & (not terminated)
         parts.append((observation[:rows].astype(dtype), np.append(action, 0)[:rows], reward, last, truncation))
+    if not parts:
+        raise DatasetError(f"{source} holds no episode")
     columns = [np.concatenate(column) for column in zip(*parts)]
+    for name, column in zip(VALID, columns):
+        check_values(name, column, f"{source}, {name}:")
     start, rows = block(len(columns[0]), fraction, None if seed is None else np.random.default_rng(seed))
     return Rows(*(column[start : start + rows] for column in columns), first=np.zeros(1, dtype=np.int64))

@@ -12,7 +12,10 @@ TRANSITION_BYTES = 8 + 8 + 4 + 4 + 8  # row, next row, reward, discount, action
 
 
 class DatasetError(InputError):
-    """A dataset that cannot be used. The message is one line that names the file."""
+    """A dataset that cannot be used. The message is one line that names the flag and the file."""
+
+    def __str__(self) -> str:
+        return f"--dataset: {super().__str__()}"
 
 
 class Rows(NamedTuple):
@@ -41,29 +44,30 @@ def find_transitions(rows: Rows, stack: int, n_step: int, gamma: float) -> Trans
     No observation is stored after the end of a truncated episode or of a block: windows that reach it are shorter, and
     bootstrap from the last observation that is stored.
     """
-    end = rows.terminal.astype(bool)
-    terminal = end & ~rows.truncation.astype(bool)
-    unfollowed = end & ~terminal
-    unfollowed[np.append(rows.first[1:], len(end)) - 1] = True
-    unfollowed &= ~terminal
+    done = rows.terminal.astype(bool)
+    terminal = done & ~rows.truncation.astype(bool)
+    no_next = done.copy()  # rows from which a value would be bootstrapped, but the next observation is not stored
+    no_next[np.append(rows.first[1:], len(done)) - 1] = True
+    no_next &= ~terminal
 
-    begins = np.append(True, end[:-1])
+    begins = np.append(True, done[:-1])
     begins[rows.first] = True
-    since = np.arange(len(end)) - np.maximum.accumulate(np.where(begins, np.arange(len(end)), 0))
-    row = np.flatnonzero(since >= stack - 1)
+    number = np.arange(len(done))
+    older_rows = number - np.maximum.accumulate(np.where(begins, number, 0))  # of the same episode and block
+    row = np.flatnonzero(older_rows >= stack - 1)
 
     next_row, reward, discount = row.copy(), np.zeros(len(row), np.float32), np.ones(len(row), np.float32)
-    going, over = np.ones(len(row), dtype=bool), np.zeros(len(row), dtype=bool)
+    running, terminated = np.ones(len(row), dtype=bool), np.zeros(len(row), dtype=bool)
     for _ in range(n_step):
-        going &= ~unfollowed[next_row]
-        reward += np.where(going, discount * rows.reward[next_row], 0)
-        over |= going & terminal[next_row]
-        going &= ~terminal[next_row]
-        discount[going] *= gamma
-        next_row += going
-    discount[over] = 0
-    real = over | (next_row > row)
-    return Transitions(row[real], next_row[real], reward[real], discount[real])
+        running &= ~no_next[next_row]
+        reward += np.where(running, discount * rows.reward[next_row], 0)
+        terminated |= running & terminal[next_row]
+        running &= ~terminal[next_row]
+        discount[running] *= gamma
+        next_row += running
+    discount[terminated] = 0
+    valid = terminated | (next_row > row)
+    return Transitions(row[valid], next_row[valid], reward[valid], discount[valid])
 
 
 class OfflineReplay:
