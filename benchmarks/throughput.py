@@ -36,6 +36,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cql_pruned
 import dqn_sparse
+import iqn_pruned
 import rainbow_pruned
 import sac_sparse
 import stream_sparse
@@ -53,6 +54,9 @@ TASKS = {  # script, network, flags, agent steps per update
     "dqn": (dqn_sparse, "nature", ATARI, 4),
     "dqn-impala": (dqn_sparse, "impala", ATARI, 4),
     "rainbow": (rainbow_pruned, "nature", ATARI, 4),
+    "rainbow-impala": (rainbow_pruned, "impala", ATARI, 4),
+    "iqn": (iqn_pruned, "nature", ATARI, 4),
+    "iqn-impala": (iqn_pruned, "impala", ATARI, 4),
     "sac-mlp": (sac_sparse, "mlp", CHEETAH, 1),
     "sac-simba": (sac_sparse, "simba", CHEETAH, 0.5),
     "cql": (cql_pruned, "nature", CQL, 1),
@@ -93,6 +97,8 @@ def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], N
     if script is rainbow_pruned:
         support = script.make_support(args, device)
         return lambda: script.td_loss(network, target, batch, support, args.double)[0].mean().backward(), {network: 4}
+    if script is iqn_pruned:  # the target's weights are read twice
+        return lambda: script.td_loss(network, target, batch, args)[0].backward(), {network: 5}
     return lambda: script.td_loss(network, target, batch, args.double)[0].backward(), {network: 4}
 
 

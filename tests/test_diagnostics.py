@@ -12,6 +12,7 @@ from torch import nn
 
 import cql_pruned
 import dqn_sparse
+import iqn_pruned
 import rainbow_pruned
 import sac_sparse
 from utils.diagnostics import (
@@ -277,11 +278,14 @@ def runs_of(script, tmp_path, name, **flags):
     return read_scalars(folder), torch.load(folder / "model.pt")["networks"]
 
 
-@pytest.mark.parametrize("script", [rainbow_pruned, sac_sparse, cql_pruned], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [rainbow_pruned, iqn_pruned, sac_sparse, cql_pruned], ids=lambda script: script.__name__
+)
 def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
     steps = {"total_timesteps": 300, "learning_starts": 100}
     flags = {
         rainbow_pruned: rainbow_pruned.CLASSIC_CONTROL | steps | {"env_id": "CartPole-v1", "noisy": True},
+        iqn_pruned: iqn_pruned.CLASSIC_CONTROL | steps | {"env_id": "CartPole-v1", "munchausen": True},
         sac_sparse: sac_sparse.PENDULUM | steps | {"env_id": "Pendulum-v1", "method": "rigl", "num_critics": 2},
         cql_pruned: cql_pruned.CLASSIC_CONTROL | {"dataset": str(tmp_path / "data"), "total_updates": 300},
     }[script]
@@ -296,6 +300,7 @@ def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
     both = ("srank", "gradient_cosine", "ever_active")
     expected = {
         rainbow_pruned: {"srank", "head.dense/unconnected", "gradient_cosine", "target_variance"},
+        iqn_pruned: {"srank", "embedding/unconnected", "gradient_cosine", "target_variance"},
         sac_sparse: {f"{net}/{name}" for net in ("actor", "critic") for name in both},
         cql_pruned: {"srank", "head.dense/unconnected", "gradient_cosine", "target_variance"},
     }[script]

@@ -27,6 +27,7 @@ def shown(value):
         ("dqn_sparse", ["MINATAR", "CLASSIC_CONTROL"]),
         ("sac_sparse", ["CLEANRL", "PENDULUM"]),
         ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
+        ("iqn_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
         ("stream_sparse", []),
     ],

@@ -22,6 +22,7 @@ ONLINE = CARTPOLE | {"batch_size": 16, "sparsity": 0.9}
 FLAGS = {
     "dqn_sparse": ONLINE,
     "rainbow_pruned": ONLINE | {"n_atoms": 11, "v_min": 0.0, "v_max": 100.0, "noisy": True},
+    "iqn_pruned": ONLINE | {"n_quantiles": 8, "n_target_quantiles": 8, "n_policy_quantiles": 8, "munchausen": True},
     "cql_pruned": {
         "dataset": "",  # see `flags_of`
         "env_id": "CartPole-v1",
@@ -185,7 +186,7 @@ class Diary(gym.Env):
 
 
 @pytest.mark.parametrize("flags", [{}, {"clip_rewards": False, "terminal_on_life_loss": True}])
-@pytest.mark.parametrize("script", ["dqn_sparse", "rainbow_pruned"])
+@pytest.mark.parametrize("script", ["dqn_sparse", "rainbow_pruned", "iqn_pruned"])
 def test_learns_from_what_the_environment_played(script, flags, tmp_path, monkeypatch, stop_at):
     """All that td_loss is given, also after a resume: transitions as the environment's rules have them, and earlier
     networks as targets."""

@@ -34,6 +34,7 @@ ONLINE = {
 FLAGS = {
     "dqn_sparse": ONLINE,
     "rainbow_pruned": ONLINE | {"n_step": 3, "double": True, "dueling": True, "n_atoms": 11},
+    "iqn_pruned": ONLINE | {"n_quantiles": 4, "n_target_quantiles": 5, "n_policy_quantiles": 3, "double": True},
     "cql_pruned": {
         "env_id": "CartPole-v1",
         "network": "mlp",
@@ -55,6 +56,7 @@ FLAGS = {
         "sparsity": 0.8,
     },
 }
+FLAGS["iqn_pruned munchausen"] = FLAGS["iqn_pruned"] | {"munchausen": True, "double": False}
 FLAGS["sac_sparse simba"] = FLAGS["sac_sparse"] | {"network": "simba", "total_timesteps": 110}
 
 

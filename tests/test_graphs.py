@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cql_pruned
 import dqn_sparse
+import iqn_pruned
 import rainbow_pruned
 import sac_sparse
 from utils import graphs
@@ -93,6 +94,8 @@ RUNS = {
     "dqn Atari": (dqn_sparse, CARTPOLE | ATARI),
     "rainbow gmp": (rainbow_pruned, DQN | {"method": "gmp"}),
     "rainbow noisy": (rainbow_pruned, CARTPOLE | {"method": "random", "noisy": True, "dueling": True}),
+    "iqn rigl": (iqn_pruned, CARTPOLE | {"method": "rigl", "n_quantiles": 8, "n_target_quantiles": 8}),
+    "m-iqn gmp": (iqn_pruned, CARTPOLE | {"method": "gmp", "n_quantiles": 8, "munchausen": True}),
     "sac gmp": (sac_sparse, SAC | {"method": "gmp", "num_envs": 2}),
     "sac rigl": (sac_sparse, SAC | {"method": "rigl"}),
     "ddpg simba": (

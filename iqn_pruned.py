@@ -1,0 +1,637 @@
+# Documentation and results: docs/iqn_pruned.md
+"""IQN with a sparse network: on Atari, a wide network with few weights learns better than a narrow dense one.
+
+The agent is Dopamine's IQN: a network that takes a fraction tau as a second input, and gives that quantile of the
+return; `--munchausen` makes it M-IQN. `--method` chooses how the network becomes sparse: gradual magnitude pruning
+during training (gmp), a fixed random mask (random), or a mask of constant size that moves: RigL grows connections where
+the gradient is largest, SET at random. Everything that changes learning is in this file; `utils/` keeps the books.
+
+Obando-Ceron, Courville, Castro (2024), In value-based deep RL, a pruned network is a good network. arXiv:2402.12479
+Dabney, Ostrovski, Silver, Munos (2018), Implicit quantile networks for distributional RL (IQN). arXiv:1806.06923
+Vieillard, Pietquin, Geist (2020), Munchausen reinforcement learning (M-IQN). arXiv:2007.14430
+
+    python iqn_pruned.py --env-id CartPole-v1              # a return of 500 in a few minutes on a laptop
+    python iqn_pruned.py --sparsity 0.9 --width 4          # Breakout, 10 million steps, four times as wide (GPU)
+    python iqn_pruned.py --munchausen --network nature --env-id ALE/Pong-v5
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.diagnostics import EverActive, diagnose
+from utils.envs import Policy, atari_game, open_envs, stack_size
+from utils.flags import (
+    Above,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    RunFlags,
+    Seed,
+    Sparsity,
+)
+from utils.graphs import cuda_graph
+from utils.launch import launch
+from utils.masks import active_count, apply_masks, keep_largest, layer_densities, mask_table, prunable, random_mask
+from utils.replay import Batch, Replay, to_device
+from utils.runs import Run, choose_device
+
+
+@dataclass
+class Args(RunFlags):
+    """Defaults for Atari; MINATAR and CLASSIC_CONTROL replace some of them for other environments. `RunFlags` adds
+    flags that change nothing of what is learned: device, logging, checkpoints, evaluation."""
+
+    env_id: str = "ALE/Breakout-v5"
+    """an Atari game (ALE/Pong-v5), a MinAtar game (MinAtar/Breakout-v0), or any Gymnasium id with discrete actions and
+    vectors as observations (CartPole-v1)"""
+    seed: Seed = 1
+    """seed of networks, masks, environments and exploration"""
+    total_timesteps: Annotated[PositiveInt, Above("learning_starts")] = 10_000_000
+    """total agent steps (4 Atari frames each)"""
+    num_envs: PositiveInt = 1
+    """environments stepped together; the number of updates per agent step stays the same"""
+
+    # Network and optimisation (Dopamine's implicit_quantile.gin)
+    network: Literal["impala", "nature"] = "impala"
+    """network for Atari: the 15-layer Impala ResNet, or the CNN of Mnih et al. (2015)"""
+    learning_rate: PositiveFloat = 5e-5
+    """learning rate of Adam"""
+    adam_eps: PositiveFloat = 3.125e-4
+    """epsilon of Adam"""
+    batch_size: PositiveInt = 32
+    """transitions per update"""
+    target_network_frequency: PositiveInt = 8_000
+    """agent steps between copies of the online network to the target network"""
+    gamma: Probability = 0.99
+    """discount factor"""
+    n_step: PositiveInt = 3
+    """n of the n-step return"""
+    n_quantiles: PositiveInt = 64
+    """fractions tau drawn for each transition, at which the online network's quantiles are learned"""
+    n_target_quantiles: PositiveInt = 64
+    """fractions drawn for each transition, at which the target network's quantiles are the targets"""
+    n_policy_quantiles: PositiveInt = 32
+    """fractions drawn to estimate Q(s, a) when an action is chosen"""
+    n_cosines: PositiveInt = 64
+    """cosine features of a fraction, from which its embedding is learned"""
+    kappa: PositiveFloat = 1.0
+    """threshold of the quantile Huber loss, between its quadratic and its linear part"""
+    double: bool = False
+    """double DQN: the online network selects the next action (van Hasselt et al. 2016)"""
+    munchausen: bool = False
+    """M-IQN: a soft target, and a bonus for actions that the policy prefers (Vieillard et al. 2020)"""
+    munchausen_temperature: PositiveFloat = 0.03
+    """munchausen: temperature of the policy, a softmax of Q(s, a) (tau in the paper)"""
+    munchausen_alpha: NonNegativeFloat = 0.9
+    """munchausen: factor of the bonus"""
+    munchausen_clip: NonNegativeFloat = 1.0
+    """munchausen: the log-policy times the temperature is clipped to at least minus this value (-l_0 in the paper)"""
+
+    # Replay
+    buffer_size: PositiveInt = 1_000_000
+    """transitions in the replay"""
+    learning_starts: NonNegativeInt = 20_000
+    """agent steps before the first update, with random actions"""
+    replay_ratio: PositiveFloat = 0.25
+    """updates per agent step"""
+    save_dataset: str | None = None
+    """folder to log all experience to, in the layout of the DQN Replay Dataset, for offline RL"""
+
+    # Exploration
+    start_e: Probability = 1.0
+    """initial epsilon of epsilon-greedy exploration, until learning_starts"""
+    end_e: Probability = 0.01
+    """final epsilon, reached exploration_steps later"""
+    exploration_steps: PositiveInt = 250_000
+    """agent steps over which epsilon decreases linearly"""
+    eval_epsilon: Probability = 0.001
+    """epsilon of evaluations"""
+
+    # Atari protocol (Machado et al. 2018)
+    clip_rewards: bool = True
+    """clip rewards to [-1, 1] for learning; logged returns are never clipped"""
+    sticky_actions: Sparsity = 0.25
+    """Atari: probability that the emulator repeats the previous action"""
+    noop_max: NonNegativeInt = 0
+    """Atari: maximum number of no-op actions at the start of an episode (30 in Mnih et al. 2015)"""
+    terminal_on_life_loss: bool = False
+    """Atari: a lost life ends the return, as in Mnih et al. (2015)"""
+
+    # Sparsity
+    method: Literal["dense", "random", "gmp", "rigl", "set"] = "gmp"
+    """dense network, fixed random mask (static sparsity), gradual magnitude pruning, RigL, or SET"""
+    sparsity: Sparsity = 0.95
+    """fraction of prunable weights (all but biases) that is zero at the end of training"""
+    distribution: Literal["erk", "uniform"] = "erk"
+    """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
+    width: PositiveInt = 1
+    """multiplies the channels of the convolutions, and the hidden units of the MLP"""
+    bias: bool = True
+    """give the layers biases"""
+    prune_start: Probability = 0.2
+    """gmp: fraction of the updates after which pruning starts"""
+    prune_end: Annotated[Probability, Above("prune_start")] = 0.8
+    """gmp: fraction of the updates after which the final sparsity is reached"""
+    prune_interval: PositiveInt = 1_000
+    """gmp: updates between mask updates; short runs shrink it to have at least 50 of them"""
+    rewire_end: Probability = 0.8
+    """rigl, set: fraction of the updates after which the mask is frozen"""
+    rewire_interval: PositiveInt = 5_000
+    """rigl, set: updates between mask updates; short runs shrink it to have at least 50 of them"""
+    drop_fraction: Probability = 0.3
+    """rigl, set: initial fraction of a layer's connections that a mask update replaces; cosine-annealed to 0"""
+
+
+# Defaults for MinAtar (explicit flags win), mostly those of Obando-Ceron & Castro (2021), Revisiting Rainbow.
+MINATAR = {
+    "total_timesteps": 1_000_000,
+    "learning_rate": 1e-4,
+    "buffer_size": 100_000,
+    "learning_starts": 5_000,
+    "target_network_frequency": 1_000,
+    "n_step": 1,
+    "n_quantiles": 32,
+    "n_target_quantiles": 32,
+    "end_e": 0.1,
+    "exploration_steps": 100_000,
+    "eval_episodes": 100,
+    "clip_rewards": False,
+}
+
+# Defaults for vector observations (explicit flags win).
+CLASSIC_CONTROL = {
+    "eval_episodes": 20,
+    "total_timesteps": 30_000,
+    "learning_rate": 5e-4,
+    "buffer_size": 30_000,
+    "learning_starts": 1_000,
+    "target_network_frequency": 100,
+    "n_step": 10,  # long returns and frequent target updates: values must propagate quickly in a short run
+    "n_quantiles": 8,
+    "n_target_quantiles": 8,
+    "n_policy_quantiles": 8,
+    "end_e": 0.05,
+    "exploration_steps": 5_000,
+    "clip_rewards": False,
+}
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
+
+TRUNCATED_NORMAL_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at +-2
+
+
+class NatureCNN(nn.Module):
+    """Mnih et al. (2015), padded as in Dopamine: feature maps of 21, 11 and 11, so 7,744 x width features."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32 * width, 8, stride=4, padding=2, bias=bias)
+        self.conv2 = nn.Conv2d(32 * width, 64 * width, 4, stride=2, bias=bias)
+        self.conv3 = nn.Conv2d(64 * width, 64 * width, 3, padding=1, bias=bias)
+        self.features = 11 * 11 * 64 * width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, features)
+        x = F.relu(self.conv1(x / 255.0))  # (B, 32w, 21, 21)
+        x = F.relu(self.conv2(F.pad(x, (1, 2, 1, 2))))  # (B, 64w, 11, 11); TensorFlow's "SAME" is asymmetric here
+        return F.relu(self.conv3(x)).flatten(1)  # (B, 64w x 11 x 11)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, bias: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """The 15-layer ResNet of Espeholt et al. (2018): feature maps of 84, 42, 21 and 11, so 3,872 x width features."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        sizes = [channels, 16 * width, 32 * width, 32 * width]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=bias) for i, o in itertools.pairwise(sizes))
+        self.blocks = nn.ModuleList(nn.Sequential(*(ResidualBlock(c, bias) for _ in range(2))) for c in sizes[1:])
+        self.features = 11 * 11 * sizes[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 4, 84, 84) uint8 -> (B, features)
+        x = x / 255.0
+        for conv, blocks in zip(self.convs, self.blocks):
+            x = conv(x)
+            # TensorFlow's "SAME" for 3x3 windows with stride 2: pads even sizes at the end, odd ones on both sides
+            x = F.max_pool2d(x, 3, stride=2, padding=x.shape[-1] % 2, ceil_mode=True)
+            x = blocks(x)
+        return F.relu(x).flatten(1)
+
+
+class MinAtarCNN(nn.Module):
+    """Young & Tian (2019), for the 10 x 10 images of MinAtar: 1,024 x width features."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16 * width, 3, bias=bias)
+        self.features = 8 * 8 * 16 * width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, 10, 10) of zeros and ones -> (B, features)
+        return F.relu(self.conv(x.float())).flatten(1)
+
+
+class MLP(nn.Module):
+    """One hidden layer, and the head has another: as for classic control in Dopamine."""
+
+    def __init__(self, inputs: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inputs, 512 * width, bias=bias)
+        self.features = 512 * width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, inputs) float32 -> (B, features)
+        return F.relu(self.dense(x))
+
+
+class Head(nn.Module):
+    """A quantile of the return of each action, after a hidden layer."""
+
+    def __init__(self, features: int, hidden: int, n_actions: int, bias: bool) -> None:
+        super().__init__()
+        self.dense = nn.Linear(features, hidden, bias=bias)
+        self.out = nn.Linear(hidden, n_actions, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, features) -> (B, A)
+        return self.out(F.relu(self.dense(x)))
+
+
+class IQN(nn.Module):
+    """Quantiles of the return of each action: the torso's features times a learned embedding of tau, then the head."""
+
+    def __init__(self, torso: nn.Module, hidden: int, n_actions: int, n_cosines: int, bias: bool) -> None:
+        super().__init__()
+        self.torso = torso
+        self.embedding = nn.Linear(n_cosines, torso.features, bias=bias)
+        self.head = Head(torso.features, hidden, n_actions, bias)
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor | None = None) -> torch.Tensor:
+        """Quantiles (B, N, A) at the fractions `tau` (B, N) in [0, 1], or at the midpoints of 32 equal intervals."""
+        if tau is None:
+            tau = (torch.arange(32, device=x.device) + 0.5).expand(len(x), 32) / 32
+        x = self.torso(x)  # (B, features)
+        order = torch.arange(1, self.embedding.in_features + 1, device=x.device)
+        cosines = torch.cos(math.pi * order * tau[..., None])  # (B, N, C)
+        embedded = F.relu(self.embedding(cosines.flatten(0, 1)))  # (B x N, features)
+        x = x[:, None] * embedded.unflatten(0, tau.shape)  # (B, N, features)
+        return self.head(x.flatten(0, 1)).unflatten(0, tau.shape)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Dopamine's initialisation of a module's own layers: in its IQN uniform with variance 1 / (sqrt(3) fan-in); in
+    other torsos Xavier uniform; in residual blocks Flax's LeCun normal.
+    """
+    for layer in module.children():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(module, ResidualBlock):
+                std = math.sqrt(1 / layer.weight[0].numel()) / TRUNCATED_NORMAL_STD
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            elif isinstance(module, IQN | Head | NatureCNN):
+                bound = math.sqrt(math.sqrt(3) / layer.weight[0].numel())
+                nn.init.uniform_(layer.weight, -bound, bound)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete) -> dict[str, nn.Module]:
+    """The networks that model.pt holds, by name."""
+    inputs = obs_space.shape[0]
+    if len(obs_space.shape) == 1:
+        torso, hidden = MLP(inputs, args.width, args.bias), 512 * args.width
+    elif obs_space.shape[1:] == (10, 10):
+        torso, hidden = MinAtarCNN(inputs, args.width, args.bias), 128 * args.width
+    else:
+        torso, hidden = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network](inputs, args.width, args.bias), 512
+    q_network = IQN(torso, hidden, int(action_space.n), args.n_cosines, args.bias).apply(init_weights)
+    if isinstance(torso, ImpalaCNN):
+        q_network = q_network.to(memory_format=torch.channels_last)  # faster for this network alone
+    return {"q_network": q_network}
+
+
+# ---- Sparsity --------------------------------------------------------------------------------------------------------
+
+
+def initial_masks(weights: dict, densities: dict[str, float], method: str, seed: int) -> dict[str, torch.Tensor]:
+    """Masks of zeros and ones: for gmp all ones, to be pruned later; a dense network has none."""
+    if method == "dense" or min(densities.values()) == 1:
+        return {}
+    if method == "gmp":
+        return {name: torch.ones_like(weight) for name, weight in weights.items()}
+    generator = torch.Generator().manual_seed(seed)
+    counts = {name: active_count(weight.numel(), densities[name]) for name, weight in weights.items()}
+    return {name: random_mask(weight.detach(), counts[name], generator) for name, weight in weights.items()}
+
+
+def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
+    """(start, end, interval): masks change every `interval` updates after update `start`, and last at `end`."""
+    if args.method in ("dense", "random"):
+        return 0, 0, 1  # never
+    start, end, interval = 0.0, args.rewire_end, args.rewire_interval
+    if args.method == "gmp":
+        start, end, interval = args.prune_start, args.prune_end, args.prune_interval
+    first = max(0, min(int(start * n_updates), n_updates - 2))
+    last = max(first + 1, min(int(end * n_updates), n_updates - 1))
+    interval = max(1, min(interval, (last - first) // 50))
+    print(f"mask updates: every {interval:,} updates from update {first:,} to {last:,}")
+    return first, last, interval
+
+
+def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
+    """Every `interval` updates after `start`, and at `end`, so that the schedule always completes."""
+    return start < update <= end and ((update - start) % interval == 0 or update == end)
+
+
+def cubic_sparsity(progress: float, final: float) -> float:
+    """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
+    return final * (1 - (1 - progress) ** 3)
+
+
+def cosine_drop_fraction(progress: float, initial: float) -> float:
+    """RigL's annealing of the fraction of connections that a mask update replaces (Evci et al. 2020, sec. 3)."""
+    return initial / 2 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def prune(weights: dict, masks: dict, densities: dict[str, float], progress: float) -> None:
+    """Gradual magnitude pruning: each layer keeps the largest of its active weights; pruned weights stay zero."""
+    for name, mask in masks.items():
+        density = 1 - cubic_sparsity(progress, 1 - densities[name])
+        n_active = min(active_count(mask.numel(), density), int(mask.sum()))
+        score = weights[name].abs().masked_fill(mask == 0, -math.inf)
+        mask.copy_(keep_largest(score, n_active))  # in place: a captured CUDA graph reads this very tensor
+
+
+@torch.no_grad()
+def rewire(weights: dict, masks: dict, optimizer: torch.optim.Optimizer, drop_fraction: float, method: str) -> None:
+    """RigL (Evci et al. 2020): drop the smallest weights, grow where the dense gradient is largest; SET, at random."""
+    for name, mask in masks.items():
+        weight, active = weights[name], mask > 0
+        n_active = int(active.sum())
+        n_drop = int(drop_fraction * n_active)
+        survivors = keep_largest(weight.abs().masked_fill(~active, -math.inf), n_active - n_drop)
+        grow_score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
+        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)  # may regrow what was just dropped,
+        newly_active = grown & ~active  # which then keeps its value and its Adam moments; only these start from zero
+        weight.masked_fill_(newly_active, 0.0)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[weight][moment].masked_fill_(newly_active, 0.0)
+        mask.copy_(survivors | grown)
+
+
+# ---- Losses and policy -----------------------------------------------------------------------------------------------
+
+
+def draw_quantiles(q_network: nn.Module, obs: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The quantiles (B, n, A) at fractions drawn uniformly for each observation, and these fractions (B, n)."""
+    tau = torch.rand(len(obs), n, device=obs.device)
+    return q_network(obs, tau), tau
+
+
+def q_values(q_network: nn.Module, obs: torch.Tensor, n: int) -> torch.Tensor:
+    """Estimates (B, A) of Q(s, a), the mean of the return: the means of `n` random quantiles."""
+    return draw_quantiles(q_network, obs, n)[0].mean(1)
+
+
+def next_quantiles(q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args) -> torch.Tensor:
+    """Quantiles (B, N') of the return from the next observation: of the best action, or of M-IQN's soft policy."""
+    selection_network = q_network if args.double else target_network
+    selection_q = q_values(selection_network, batch.next_observation, args.n_policy_quantiles)  # (B, A)
+    quantiles, _ = draw_quantiles(target_network, batch.next_observation, args.n_target_quantiles)  # (B, N', A)
+    if args.munchausen:
+        log_policy = (selection_q / args.munchausen_temperature).log_softmax(1)[:, None]  # (B, 1, A)
+        return (log_policy.exp() * (quantiles - args.munchausen_temperature * log_policy)).sum(2)
+    return quantiles.take_along_dim(selection_q.argmax(1)[:, None, None], 2).squeeze(2)
+
+
+def munchausen_bonus(q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args) -> torch.Tensor:
+    """M-IQN's addition (B,) to the reward: alpha times the scaled log-policy of the action, clipped."""
+    selection_network = q_network if args.double else target_network
+    selection_q = q_values(selection_network, batch.observation, args.n_policy_quantiles)  # (B, A)
+    log_policy = (selection_q / args.munchausen_temperature).log_softmax(1).gather(1, batch.action[:, None]).squeeze(1)
+    return args.munchausen_alpha * (args.munchausen_temperature * log_policy).clamp(min=-args.munchausen_clip)
+
+
+def quantile_huber_loss(
+    quantiles: torch.Tensor, tau: torch.Tensor, targets: torch.Tensor, kappa: float
+) -> torch.Tensor:
+    """The quantile Huber loss (Dabney et al. 2018, eq. 3): summed over the quantiles, averaged over the targets.
+
+    Args:
+        quantiles, tau: (B, N), the estimates and their fractions.
+        targets: (B, N'), samples of the return.
+        kappa: errors up to this one count quadratically.
+
+    Returns:
+        (B,).
+    """
+    error = targets[:, None] - quantiles[:, :, None]  # (B, N, N')
+    huber = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=kappa)
+    weight = (tau[:, :, None] - (error.detach() < 0).float()).abs()
+    return (weight * huber / kappa).mean(2).sum(1)
+
+
+def td_loss(q_network: nn.Module, target_network: nn.Module, batch: Batch, args: Args) -> tuple:
+    """The quantile Huber loss, and the mean of Q(s, a)."""
+    with torch.no_grad():
+        reward = batch.reward
+        if args.munchausen:
+            reward = reward + munchausen_bonus(q_network, target_network, batch, args)
+        quantiles = next_quantiles(q_network, target_network, batch, args)  # (B, N')
+        td_target = reward[:, None] + batch.discount[:, None] * quantiles  # the discount is 0 after a terminal
+    quantiles, tau = draw_quantiles(q_network, batch.observation, args.n_quantiles)  # (B, N, A), (B, N)
+    quantiles = quantiles.take_along_dim(batch.action[:, None, None], 2).squeeze(2)  # (B, N)
+    return quantile_huber_loss(quantiles, tau, td_target, args.kappa).mean(), quantiles.detach().mean()
+
+
+def linear_schedule(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+def epsilon_greedy(
+    greedy: Callable[[], torch.Tensor], epsilon: float, num_envs: int, n_actions: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Actions (num_envs,): those of `greedy`, or with probability epsilon random ones."""
+    explore = rng.random(num_envs) < epsilon
+    action = rng.integers(n_actions, size=num_envs)
+    return action if explore.all() else np.where(explore, action, greedy().cpu().numpy())
+
+
+def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
+    """The policy of evaluations and videos: epsilon-greedy with `eval_epsilon`, Q(s, a) from newly drawn fractions."""
+    q_network = networks["q_network"]
+    device = next(q_network.parameters()).device
+
+    @torch.inference_mode()
+    def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, *obs shape) -> (n,)
+        tau = np.stack([rng.random(args.n_policy_quantiles) for rng in rngs])  # of the episode's own random numbers
+        q = q_network(to_device(obs, device), to_device(tau, device)).mean(1)  # (n, A)
+        greedy = q.argmax(1).tolist()
+        explore = [rng.random() < args.eval_epsilon for rng in rngs]
+        return np.array([rng.integers(q.shape[1]) if e else a for a, e, rng in zip(greedy, explore, rngs)])
+
+    return policy
+
+
+def main(args: Args) -> np.ndarray:
+    """Trains the agent; returns the returns (episodes,) of the final evaluation."""
+    device = choose_device(args)
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    envs = open_envs(args, gym.spaces.Discrete)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    n_actions = int(action_space.n)
+    if device.type == "cpu" and atari_game(args.env_id):
+        print("Atari needs a GPU; for a task of minutes on a CPU: python iqn_pruned.py --env-id CartPole-v1")
+
+    # ---- Agent -------------------------------------------------------------------------------------------------------
+    networks = make_networks(args, obs_space, action_space)
+    q_network = networks["q_network"].to(device)
+    target_network = copy.deepcopy(q_network)
+    adam = {"fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
+    capacity, stack = min(args.buffer_size, args.total_timesteps), stack_size(args.env_id)
+    replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device)
+
+    # ---- Sparsity ----------------------------------------------------------------------------------------------------
+    weights, target_weights = prunable(q_network), prunable(target_network)
+    densities = layer_densities(weights, 0.0 if args.method == "dense" else args.sparsity, args.distribution)
+    masks = initial_masks(weights, densities, args.method, args.seed)
+    apply_masks(weights, masks)
+    apply_masks(target_weights, masks)
+    print(mask_table(weights, densities))
+    n_updates = int((args.total_timesteps - args.learning_starts) * args.replay_ratio)
+    mask_start, mask_end, mask_interval = mask_schedule(args, n_updates)
+
+    ever_active = EverActive(masks)  # for the diagnostics
+    state = {
+        "q_network": q_network,
+        "target_network": target_network,
+        "optimizer": optimizer,
+        "masks": masks,
+        "ever_active": ever_active,
+        "replay": replay,
+    }
+    run = Run(args, __file__, state, rng)
+    global_step, update = run.step, run.update  # 0, or those of the checkpoint that --resume names
+
+    def learn(mask_progress: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """One gradient step, and the mask update if one is due, at this fraction of its schedule.
+
+        Returns the loss and the mean of Q(s, a).
+        """
+        batch = replay.sample(args.batch_size)
+        loss, q_mean = td_loss(q_network, target_network, batch, args)
+        optimizer.zero_grad()
+        loss.backward()  # dense gradients: masks multiply the weights, not the forward pass. RigL grows by them
+
+        # Masks
+        if mask_progress is None:
+            optimizer.step()
+        elif args.method == "gmp":
+            prune(weights, masks, densities, mask_progress)
+            optimizer.step()
+        else:  # RigL and SET: the change of topology replaces the gradient step
+            rewire(weights, masks, optimizer, cosine_drop_fraction(mask_progress, args.drop_fraction), args.method)
+        apply_masks(weights, masks)  # after every step, since dense gradients and Adam's moments revive masked weights
+        if mask_progress is not None:
+            apply_masks(target_weights, masks)
+        return loss.detach(), q_mean
+
+    # A CUDA graph replays kernels on fixed memory, and none of the Python above. So mask updates are called eagerly,
+    # and all that changes between replays (observation, weights, masks, the replay's contents) changes in place
+    replay.end_episodes()  # the environments start new episodes, after a resume too
+    obs = to_device(envs.reset(seed=args.seed + global_step)[0], device).clone()  # (num_envs, *obs shape)
+    use_graphs = args.cuda_graph and device.type == replay.device.type == "cuda"
+    greedy_action = torch.inference_mode()(lambda: q_values(q_network, obs, args.n_policy_quantiles).argmax(1))
+    fast_learn, fast_greedy = cuda_graph(learn, use_graphs), cuda_graph(greedy_action, use_graphs)
+
+    # ---- Loop --------------------------------------------------------------------------------------------------------
+    done, losses = np.zeros(args.num_envs, dtype=bool), None
+    while global_step < args.total_timesteps and not run.stopping:
+        progress = (global_step - args.learning_starts) / args.exploration_steps
+        epsilon = linear_schedule(args.start_e, args.end_e, progress)
+        action = epsilon_greedy(fast_greedy, epsilon, args.num_envs, n_actions, rng)
+        # NEXT_STEP autoreset: the step after an episode's end only resets its environment, and is not an agent step
+        global_step += int((~done).sum())
+
+        # Updates come before the environments' step, so that a GPU computes while the environments play
+        updates_due = int((global_step - args.learning_starts) * args.replay_ratio) if len(replay) else 0
+        while update < updates_due and not run.stopping:
+            if masks and mask_update_due(update, mask_start, mask_end, mask_interval):
+                losses = learn(mask_progress=(update - mask_start) / (mask_end - mask_start))
+            else:
+                losses = fast_learn()
+            update += 1
+
+        next_obs, reward, terminated, truncated, infos = envs.step(action)
+        next_obs = to_device(next_obs, device)
+        done = terminated | truncated
+        terminal = terminated | infos["life_lost"] if args.terminal_on_life_loss else terminated
+        if args.clip_rewards:
+            reward = np.clip(reward, -1, 1)
+        replay.add(obs, action, reward, terminal, done, next_obs)
+        obs.copy_(next_obs)
+
+        run.advance(global_step, update)
+        run.log_episodes(infos, done)
+        if run.due(args.target_network_frequency):
+            target_network.load_state_dict(q_network.state_dict())
+        if losses is not None and run.due(run.log_every):
+            loss, q_mean = torch.stack(losses).tolist()
+            scalars = {"losses/td_loss": loss, "losses/q_values": q_mean, "charts/epsilon": epsilon}
+            if args.method in ("rigl", "set"):
+                progress = min((update - mask_start) / (mask_end - mask_start), 1.0)
+                scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
+            run.log(scalars, weights, masks)
+        if update and run.due(args.diagnostics_every):
+            run.log(
+                diagnose(
+                    q_network,
+                    replay.sample,
+                    masks,
+                    ever_active,
+                    loss=lambda q, batch: td_loss(q, target_network, batch, args)[0],
+                    next_value=lambda batch: next_quantiles(q_network, target_network, batch, args).mean(1),
+                )
+            )
+        if run.due(args.eval_every):
+            run.evaluate(make_policy(args, networks))
+        if run.due(args.checkpoint_every):
+            run.try_checkpoint()
+
+    envs.close()
+    if run.stopping:
+        run.stop()
+    return run.finish(make_policy(args, networks), networks, {"q_network": masks}, {"q_network": densities})
+
+
+def preset(args: Args) -> dict:
+    """Values that replace defaults for these flags."""
+    if args.env_id.startswith("MinAtar/"):
+        return MINATAR
+    return CLASSIC_CONTROL if atari_game(args.env_id) is None else {}
+
+
+if __name__ == "__main__":
+    launch(main, Args, preset)
