@@ -47,6 +47,17 @@ def read_scalars(folder: Path) -> dict[str, np.ndarray]:
     return {tag: np.array(rows, dtype=np.float64).reshape(-1, 2) for tag, rows in scalars.items()}
 
 
+def last_row(path: Path) -> list[str] | None:
+    """The cells of the last complete row of a csv file, read from its end; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").split("\n")[:-1]
+    except OSError:
+        return None
+    return lines[-1].split(",") if lines and lines[-1][:1].isdigit() else None
+
+
 def training_seconds(folder: Path) -> float:
     """Wall-clock seconds of training up to the last logged scalar, over all resumes; nan if nothing was logged."""
     seconds = [cells[1] for cells in read_lines(folder / "scalars.csv", 4)]

@@ -201,12 +201,18 @@ def import_script(name: str, folder: Path) -> ModuleType:
     for place in (ROOT, folder):
         path = place / f"{name}.py"
         if path.exists():
-            if name not in sys.modules or Path(sys.modules[name].__file__ or "").resolve() != path.resolve():
-                spec = importlib.util.spec_from_file_location(name, path)
-                sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-                spec.loader.exec_module(sys.modules[name])
-            return sys.modules[name]
+            return import_file(path)
     raise ValueError(f"was made by {name}.py, which is not here")
+
+
+def import_file(path: Path) -> ModuleType:
+    """The script in a file, wherever it is, imported by the name of the file."""
+    name = path.stem
+    if name not in sys.modules or Path(sys.modules[name].__file__ or "").resolve() != path.resolve():
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 class Cost(NamedTuple):

@@ -1,0 +1,283 @@
+"""Grids of runs on Ray: what a kill, a signal or a failure anywhere leaves, and what the same command then does."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ENV, ROOT
+
+import dqn_sparse
+from utils import cells as grid
+from utils.sweep import take_shard
+
+pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-sweep.txt")
+
+# A script that counts instead of learning, so that a test takes seconds. It notes each of its starts.
+COUNT = """
+import csv, json, os, signal, sys, time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from utils.flags import PositiveInt, RunFlags, Seed, parse_args
+
+@dataclass
+class Args(RunFlags):
+    env_id: str = "Count-v0"
+    seed: Seed = 1
+    total_timesteps: PositiveInt = 40
+    method: str = "dense"
+
+def preset(args):
+    return {}
+
+def main():
+    if "--resume" in sys.argv:
+        folder = Path(sys.argv[sys.argv.index("--resume") + 1]).parent
+        args, step = Args(**json.loads((folder / "args.json").read_text())), int((folder / "checkpoint.pt").read_text())
+    else:
+        args, step = parse_args(Args, preset), 0
+        folder = Path(args.runs_dir) / f"Count-v0__count__{args.seed}__{os.getpid()}"
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps(asdict(args)))
+
+    def stop(number, frame):
+        (folder / "checkpoint.pt").write_text(str(step))
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    with (folder / "starts").open("a") as file:
+        file.write(f"{step}\\n")
+    while step < args.total_timesteps:
+        time.sleep(0.05)
+        step += 1
+        if step % args.checkpoint_every == 0:
+            (folder / "checkpoint.pt").write_text(str(step))
+    if args.method == "broken":
+        raise SystemExit("error: it is broken")
+    (folder / "model.pt").write_text("")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Starts sweeps of the counting script, and ends those that a test leaves."""
+    (tmp_path / "count.py").write_text(COUNT)
+    started = []
+
+    def start(*flags: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "utils.sweep", str(tmp_path / "count.py"), "--out", str(tmp_path / "out")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*command, *flags], cwd=ROOT, env=ENV, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def runs_of(tmp_path) -> list[psutil.Process]:
+    """The processes of runs."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(tmp_path / "count.py") in words and "utils.sweep" not in words:
+            found.append(process)
+    return found
+
+
+def wait_for(condition, seconds: float = 60):
+    """What `condition` returns, once it is true."""
+    end = time.time() + seconds
+    while time.time() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("timeout")
+
+
+def started_runs(tmp_path, number: int):
+    """Waits until so many runs count, and returns their processes."""
+    wait_for(lambda: len(list(tmp_path.glob("out/*/*/starts"))) >= number)
+    return wait_for(lambda: runs_of(tmp_path))
+
+
+def starts(tmp_path) -> dict[str, list[int]]:
+    """For each cell that is done, the steps at which its run was started and resumed."""
+    found = {}
+    for model in tmp_path.glob("out/*/*/model.pt"):
+        cell = model.parent.parent.name
+        assert cell not in found, "a cell ran twice"
+        found[cell] = [int(step) for step in (model.parent / "starts").read_text().split()]
+    return found
+
+
+GRID = ("--seed", "1", "2", "--method", "dense", "gmp")
+CELLS = {f"seed={seed},method={method}" for seed in (1, 2) for method in ("dense", "gmp")}
+
+
+# ---- Cells -----------------------------------------------------------------------------------------------------------
+
+
+def cells_of(line: str) -> list[grid.Cell]:
+    return grid.make_cells(grid.find_axes(shlex.split(line), dqn_sparse), dqn_sparse, Path("out"))
+
+
+def test_every_combination_is_a_cell_and_seeds_vary_slowest():
+    cells = cells_of("--env-id CartPole-v1 MinAtar/Breakout-v0 --seed 1 2 --width=1 --width 2 --bias --no-bias")
+    found = [(cell.args["seed"], cell.args["env_id"], cell.args["width"], cell.args["bias"]) for cell in cells]
+    games = ("CartPole-v1", "MinAtar/Breakout-v0")
+    assert found == [(s, e, w, b) for s in (1, 2) for e in games for w in (1, 2) for b in (True, False)]
+    assert cells[0].folder == Path("out/env-id=CartPole-v1,seed=1,width=1,bias")
+    assert cells[-1].folder == Path("out/env-id=MinAtar-Breakout-v0,seed=2,width=2,no-bias")
+    assert {cell.total for cell in cells} == {30_000, 1_000_000}  # of the games' presets
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--wdth 1 2", "--wdth"),
+        ("1 2 --width 3", "1"),
+        ("--width 1 two", "two"),
+        ("--sparsity 0.9 1.0", "--sparsity"),
+        ("--method dense best", "best"),
+        ("--seed 1 1", "--seed"),
+        ("--runs-dir a b", "--runs-dir"),
+        ("--resume x", "--resume"),
+        ("--env-id A/B A-B", "folder"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_starts(line, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cells_of(line)
+    assert ended.value.code == 2 and named in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 30])
+def test_shards_cover_the_grid_exactly(parts):
+    cells = cells_of("--seed 1 2 3 --width 1 2 3")
+    shards = [take_shard(cells, f"{i}/{parts}") for i in range(parts)]
+    assert sorted(cell.folder for shard in shards for cell in shard) == sorted(cell.folder for cell in cells)
+
+
+@pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "1/0"])
+def test_bad_shards_are_refused(shard):
+    with pytest.raises(SystemExit) as ended:
+        take_shard([], shard)
+    assert ended.value.code == 2
+
+
+# ---- Sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
+    out = tmp_path / "out"
+    flags = "--env-id CartPole-v1 --total-timesteps 400 --learning-starts 100 --eval-episodes 1 --method gmp random"
+    command = ["-m", "utils.sweep", "dqn_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "4 done" in ended.stdout and f"utils.compare '{out}/*/*'" in ended.stdout
+    models = {path: path.stat().st_mtime_ns for path in out.glob("*/*/model.pt")}
+    names = {f"method={method},seed={seed}" for method in ("gmp", "random") for seed in (1, 2)}
+    assert {path.parents[1].name for path in models} == names
+    again = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 and models == {path: path.stat().st_mtime_ns for path in out.glob("*/*/model.pt")}
+    other = [*command[:-4], "1", "2", "--out", str(out), "--width", "2"]
+    refused = subprocess.run([sys.executable, *other], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert refused.returncode == 2 and "width 1" in refused.stderr
+
+
+def test_a_killed_run_is_resumed_and_a_failing_one_is_reported(tmp_path, sweep):
+    process = sweep("--seed", "1", "2", "--method", "dense", "broken", "--checkpoint-every", "5")
+    victim = started_runs(tmp_path, 1)[0]
+    wait_for(lambda: any(tmp_path.glob("out/*/*/checkpoint.pt")))
+    victim.kill()
+    out, err = process.communicate()
+    assert process.returncode == 1
+    done = starts(tmp_path)
+    assert set(done) == {"seed=1,method=dense", "seed=2,method=dense"}
+    folders = list(tmp_path.glob("out/*/*/starts"))
+    resumed = [path.read_text().split() for path in folders]
+    assert len(folders) == 4 and all(len(steps) <= 2 and steps[0] == "0" for steps in resumed)
+    assert "it is broken" in out and "2 done" in out and "2 failed" in out
+    assert "count.py --seed 1 --method broken" in err  # the command for that cell alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_runs_with_checkpoints_and_the_same_command_completes(number, tmp_path, sweep):
+    process = sweep(*GRID)
+    started_runs(tmp_path, 2)
+    process.send_signal(number)
+    out, _ = process.communicate()
+    assert process.returncode == 128 + number
+    assert out.count("has a new checkpoint") == 2 and not runs_of(tmp_path)
+    assert "2 stopped" in out and "2 waiting" in out
+    process = sweep(*GRID)
+    assert process.communicate() and process.returncode == 0
+    done = starts(tmp_path)
+    assert set(done) == CELLS
+    assert sorted(map(len, done.values())) == [1, 1, 2, 2]  # two were resumed
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver"])
+def test_a_kill_of_ray_leaves_no_orphans_and_loses_nothing(victim, tmp_path, sweep):
+    process = sweep(*GRID, "--checkpoint-every", "1")
+    run = started_runs(tmp_path, 2)[0]
+    if victim == "worker":
+        run.parent().kill()
+    else:
+        process.kill()
+        process.communicate()
+        wait_for(lambda: not runs_of(tmp_path), seconds=20)
+        process = sweep(*GRID, "--checkpoint-every", "1")
+    process.communicate()
+    assert process.returncode == 0
+    done = starts(tmp_path)
+    assert set(done) == CELLS
+    assert 1 <= Counter(map(len, done.values()))[2] <= 2  # those that ran when the kill came
+    assert all(later > 0 for steps in done.values() for later in steps[1:])
+
+
+def test_two_sweeps_in_one_folder_share_its_cells(tmp_path, sweep):
+    both = [sweep(*GRID), sweep(*GRID)]
+    for process in both:
+        process.communicate()
+        assert process.returncode == 0
+    assert {cell: len(steps) for cell, steps in starts(tmp_path).items()} == dict.fromkeys(CELLS, 1)
+
+
+def test_status_reads_the_disk(tmp_path, sweep):
+    states = ("done", "failed", "stopped", "held", "waiting")
+    cells = {state: tmp_path / "out" / f"seed={seed}" for seed, state in enumerate(states, 1)}
+    for seed, state in enumerate(states[:-1], 1):
+        folder = cells[state] / "Count-v0__count__1__1"
+        folder.mkdir(parents=True)
+        args = {"env_id": "Count-v0", "seed": seed, "total_timesteps": 40, "method": "dense"}
+        (folder / "args.json").write_text(json.dumps(args))
+    (cells["done"] / "Count-v0__count__1__1" / "model.pt").touch()
+    (cells["stopped"] / "Count-v0__count__1__1" / "checkpoint.pt").touch()
+    (cells["failed"] / "exit_code").write_text("-9")
+    (cells["held"] / "Count-v0__count__1__1" / "scalars.csv").write_text("step,seconds,tag,value\n10,5.0,loss,1\n")
+    held = grid.lock(grid.Cell(cells["held"], (), {}))
+    process = sweep("--seed", "1", "2", "3", "4", "5", "--status")
+    text, err = process.communicate()
+    held.close()
+    assert process.returncode == 0, err
+    assert "1 done, 1 running, 1 stopped, 1 failed, 1 waiting" in text
+    assert "signal 9" in text and "step 10 of 40" in text and "2 steps/s" in text and "0:00:15 left" in text
+
+
+def test_a_run_that_needs_more_than_there_is_is_refused(tmp_path, sweep):
+    process = sweep(*GRID, "--cpus-per-run", str(os.cpu_count() + 1))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "--cpus-per-run" in err
