@@ -1,13 +1,11 @@
 """Grids of runs on Ray: what a kill, a signal or a failure anywhere leaves, and what the same command then does."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -16,7 +14,7 @@ from conftest import ENV, ROOT
 
 import dqn_sparse
 from utils import cells as grid
-from utils.sweep import take_shard
+from utils.sweep import Args, concurrency, take_shard
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-sweep.txt")
 
@@ -31,8 +29,9 @@ from utils.flags import PositiveInt, RunFlags, Seed, parse_args
 class Args(RunFlags):
     env_id: str = "Count-v0"
     seed: Seed = 1
-    total_timesteps: PositiveInt = 40
+    total_timesteps: PositiveInt = 20
     method: str = "dense"
+    hold: str | None = None  # without this file, a run waits in the middle
 
 def preset(args):
     return {}
@@ -47,18 +46,24 @@ def main():
         folder.mkdir()
         (folder / "args.json").write_text(json.dumps(asdict(args)))
 
+    def save():
+        (folder / f"{step}").write_text(str(step))
+        os.replace(folder / f"{step}", folder / "checkpoint.pt")
+
     def stop(number, frame):
-        (folder / "checkpoint.pt").write_text(str(step))
+        save()
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     with (folder / "starts").open("a") as file:
         file.write(f"{step}\\n")
     while step < args.total_timesteps:
-        time.sleep(0.05)
+        time.sleep(0.01)
+        if step == 10 and args.hold and not Path(args.hold).exists():
+            continue
         step += 1
         if step % args.checkpoint_every == 0:
-            (folder / "checkpoint.pt").write_text(str(step))
+            save()
     if args.method == "broken":
         raise SystemExit("error: it is broken")
     (folder / "model.pt").write_text("")
@@ -106,10 +111,10 @@ def wait_for(condition, seconds: float = 60):
     raise AssertionError("timeout")
 
 
-def started_runs(tmp_path, number: int):
-    """Waits until so many runs count, and returns their processes."""
-    wait_for(lambda: len(list(tmp_path.glob("out/*/*/starts"))) >= number)
-    return wait_for(lambda: runs_of(tmp_path))
+def held_runs(tmp_path, number: int) -> list[psutil.Process]:
+    """Waits until so many runs are held in their middle, and returns their processes."""
+    wait_for(lambda: sum(path.read_text() == "10" for path in tmp_path.glob("out/*/*/checkpoint.pt")) == number)
+    return runs_of(tmp_path)
 
 
 def starts(tmp_path) -> dict[str, list[int]]:
@@ -198,54 +203,57 @@ def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
 
 
 def test_a_killed_run_is_resumed_and_a_failing_one_is_reported(tmp_path, sweep):
-    process = sweep("--seed", "1", "2", "--method", "dense", "broken", "--checkpoint-every", "5")
-    victim = started_runs(tmp_path, 1)[0]
-    wait_for(lambda: any(tmp_path.glob("out/*/*/checkpoint.pt")))
-    victim.kill()
+    process = sweep("--seed", "1", "2", "--method", "dense", "broken", "--hold", str(tmp_path / "go"))
+    held_runs(tmp_path, 1)[0].kill()
+    (tmp_path / "go").touch()
     out, err = process.communicate()
     assert process.returncode == 1
-    done = starts(tmp_path)
-    assert set(done) == {"seed=1,method=dense", "seed=2,method=dense"}
-    folders = list(tmp_path.glob("out/*/*/starts"))
-    resumed = [path.read_text().split() for path in folders]
-    assert len(folders) == 4 and all(len(steps) <= 2 and steps[0] == "0" for steps in resumed)
-    assert "it is broken" in out and "2 done" in out and "2 failed" in out
+    assert set(starts(tmp_path)) == {"seed=1,method=dense", "seed=2,method=dense"}
+    attempts = [path.read_text().split() for path in tmp_path.glob("out/*/*/starts")]
+    assert len(attempts) == 4 and all(steps[0] == "0" and len(steps) <= 2 for steps in attempts)
+    assert "signal 9" in out and "it is broken" in out and "2 done" in out and "2 failed" in out
     assert "count.py --seed 1 --method broken" in err  # the command for that cell alone
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_runs_with_checkpoints_and_the_same_command_completes(number, tmp_path, sweep):
-    process = sweep(*GRID)
-    started_runs(tmp_path, 2)
-    process.send_signal(number)
-    out, _ = process.communicate()
-    assert process.returncode == 128 + number
-    assert out.count("has a new checkpoint") == 2 and not runs_of(tmp_path)
-    assert "2 stopped" in out and "2 waiting" in out
-    process = sweep(*GRID)
+def test_signals_stop_the_runs_with_checkpoints_and_the_same_command_completes(tmp_path, sweep):
+    flags = (*GRID, "--hold", str(tmp_path / "go"), "--jobs", "2")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = sweep(*flags)
+        wait_for(lambda: len(runs_of(tmp_path)) == 2)
+        held_runs(tmp_path, 2)
+        process.send_signal(number)
+        out, _ = process.communicate()
+        assert process.returncode == 128 + number
+        assert out.count("has a new checkpoint") == 2 and not runs_of(tmp_path)
+        assert "2 stopped" in out and "2 waiting" in out
+    (tmp_path / "go").touch()
+    process = sweep(*flags)
     assert process.communicate() and process.returncode == 0
     done = starts(tmp_path)
     assert set(done) == CELLS
-    assert sorted(map(len, done.values())) == [1, 1, 2, 2]  # two were resumed
+    assert sorted(done.values()) == [[0], [0], [0, 10, 10], [0, 10, 10]]
 
 
 @pytest.mark.parametrize("victim", ["worker", "driver"])
 def test_a_kill_of_ray_leaves_no_orphans_and_loses_nothing(victim, tmp_path, sweep):
-    process = sweep(*GRID, "--checkpoint-every", "1")
-    run = started_runs(tmp_path, 2)[0]
+    flags = (*GRID, "--hold", str(tmp_path / "go"), "--jobs", "2")
+    process = sweep(*flags)
+    run = held_runs(tmp_path, 2)[0]
+    (run.parent() if victim == "worker" else process).kill()
     if victim == "worker":
-        run.parent().kill()
+        wait_for(lambda: not run.is_running())
     else:
-        process.kill()
         process.communicate()
-        wait_for(lambda: not runs_of(tmp_path), seconds=20)
-        process = sweep(*GRID, "--checkpoint-every", "1")
-    process.communicate()
-    assert process.returncode == 0
+        wait_for(lambda: not runs_of(tmp_path))
+    (tmp_path / "go").touch()
+    if victim == "driver":
+        process = sweep(*flags)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
     done = starts(tmp_path)
     assert set(done) == CELLS
-    assert 1 <= Counter(map(len, done.values()))[2] <= 2  # those that ran when the kill came
-    assert all(later > 0 for steps in done.values() for later in steps[1:])
+    resumed = [steps[1] for steps in done.values() if len(steps) == 2]
+    assert resumed == [10] * (1 if victim == "worker" else 2)  # where they were: the run got a signal, and saved
 
 
 def test_two_sweeps_in_one_folder_share_its_cells(tmp_path, sweep):
@@ -262,7 +270,7 @@ def test_status_reads_the_disk(tmp_path, sweep):
     for seed, state in enumerate(states[:-1], 1):
         folder = cells[state] / "Count-v0__count__1__1"
         folder.mkdir(parents=True)
-        args = {"env_id": "Count-v0", "seed": seed, "total_timesteps": 40, "method": "dense"}
+        args = {"env_id": "Count-v0", "seed": seed, "total_timesteps": 20, "hold": None, "method": "dense"}
         (folder / "args.json").write_text(json.dumps(args))
     (cells["done"] / "Count-v0__count__1__1" / "model.pt").touch()
     (cells["stopped"] / "Count-v0__count__1__1" / "checkpoint.pt").touch()
@@ -274,10 +282,27 @@ def test_status_reads_the_disk(tmp_path, sweep):
     held.close()
     assert process.returncode == 0, err
     assert "1 done, 1 running, 1 stopped, 1 failed, 1 waiting" in text
-    assert "signal 9" in text and "step 10 of 40" in text and "2 steps/s" in text and "0:00:15 left" in text
+    assert "signal 9" in text and "step 10 of 20" in text and "2 steps/s" in text and "0:00:05 left" in text
 
 
-def test_a_run_that_needs_more_than_there_is_is_refused(tmp_path, sweep):
-    process = sweep(*GRID, "--cpus-per-run", str(os.cpu_count() + 1))
-    _, err = process.communicate()
-    assert process.returncode == 2 and "--cpus-per-run" in err
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, 2),
+        ({"cpus_per_run": 2.0}, 1),
+        ({"gpus_per_run": 0.25, "cpus_per_run": 0.1}, 4),
+        ({"memory_per_run": 9.0, "cpus_per_run": 0.1}, 3),
+        ({"jobs": 1}, 1),
+    ],
+)
+def test_concurrency_follows_from_what_there_is(flags, expected):
+    args = Args(Path("count.py"), Path("out"), **{"gpus_per_run": 0.0} | flags)
+    assert concurrency(args, {"CPU": 2.0, "GPU": 1.0, "memory": 30e9}) == expected
+
+
+@pytest.mark.parametrize("name", ["cpus_per_run", "gpus_per_run", "memory_per_run"])
+def test_a_run_that_needs_more_than_there_is_is_refused(name, capsys):
+    args = Args(Path("count.py"), Path("out"), **{"gpus_per_run": 0.0, name: 40.0})
+    with pytest.raises(SystemExit) as ended:
+        concurrency(args, {"CPU": 2.0, "GPU": 1.0, "memory": 30e9})
+    assert ended.value.code == 2 and name.replace("_", "-") in capsys.readouterr().err
