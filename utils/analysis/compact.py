@@ -7,7 +7,6 @@ elementwise (residual sums, IQN's embedding) are removed together or not at all.
 Units that reach an operation without a rule stay, so the result is exact whatever the network does.
 """
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -108,9 +107,11 @@ def trace(network: nn.Module, example: tuple[torch.Tensor, ...]) -> torch.export
 def drop_unused(network: nn.Module, program: torch.export.ExportedProgram) -> None:
     """Sets the parameters to None that no output depends on: noise, or a head that the greedy policy does not use."""
     names = program.graph_signature.inputs_to_parameters
-    for node in program.graph.nodes:
-        if node.name in names and not node.users:
-            owner, _, name = names[node.name].rpartition(".")
+    used = {names[node.name] for node in program.graph.nodes if node.name in names and node.users}
+    used_ids = {id(network.get_parameter(path)) for path in used}  # a shared one has several names
+    for path in set(names.values()) - used:
+        if id(network.get_parameter(path)) not in used_ids:
+            owner, _, name = path.rpartition(".")
             setattr(network.get_submodule(owner), name, None)
 
 
@@ -292,7 +293,7 @@ def replace_layer(network: nn.Module, layer: Layer, live: torch.Tensor) -> Shape
     return Shape(layer.path, tuple(layer.weight.shape[:2]), tuple(weight.shape[:2]))
 
 
-@torch.jit.script
+@torch.jit.script_if_tracing
 def csr_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if x.shape[0] == 1:
         return (torch.mv(weight, x[0]) + bias)[None]
@@ -344,15 +345,17 @@ def use_csr(network: nn.Module, example: tuple[torch.Tensor, ...], always: bool)
     return replaced
 
 
-def seconds(functions: Sequence[Callable[[], object]], at_least: float = 0.3) -> list[float]:
-    """The median time of a call of each, in turns for `at_least` seconds each."""
+def seconds(
+    functions: Sequence[Callable], at_least: float = 0.3, turns: int = 5, clock=time.perf_counter
+) -> list[float]:
+    """The time of the fastest call of each, called in turns, at least so many and until the first took `at_least`."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
-        for _ in range(3):
+        for _ in range(min(turns, 3) - 1):
             function()  # the first calls are slower
-    while sum(times[0]) < at_least or len(times[0]) < 5:
+    while sum(times[0]) < at_least or len(times[0]) < turns:
         for function, measured in zip(functions, times):
-            start = time.perf_counter()
+            start = clock()
             function()
-            measured.append(time.perf_counter() - start)
-    return [statistics.median(measured) for measured in times]
+            measured.append(clock() - start)
+    return [min(measured) for measured in times]
