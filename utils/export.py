@@ -80,7 +80,7 @@ class Task:
 
     def build(self, networks: dict[str, nn.Module]) -> nn.Module:
         """The greedy policy with these networks inside, in evaluation mode."""
-        greedy = self.model.script.make_greedy(self.model.args, networks).eval()
+        greedy = self.model.script.make_greedy(self.model.args, networks).eval().requires_grad_(False)
         return InBounds(greedy, *self.bounds) if self.bounds else greedy
 
     def example(self, n: int) -> tuple[torch.Tensor, ...]:
@@ -252,6 +252,12 @@ def interface(task: Task) -> str:
     return f"{said}\n- Output: a value for each action (n, actions); the greedy action is its `argmax(1)`."
 
 
+def as_flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {value}"
+
+
 def card(task: Task, figures: str, returns: np.ndarray | None, note: str) -> str:
     """A model card for the Hugging Face Hub."""
     args, script = task.model.args, task.model.script.__name__
@@ -273,7 +279,7 @@ model-index:
       name: mean_reward
       verified: false"""
     learning = {name: value for name, value in asdict(args).items() if name not in {f.name for f in fields(RunFlags)}}
-    flags = "\n".join(f"{flag(name)} {value}" for name, value in learning.items() if value is not None)
+    flags = "\n".join(as_flag(name, value) for name, value in learning.items() if value is not None)
     arguments = ", ".join(["obs", *(f"torch.zeros(1)  # {name}" for name in task.more)])
     return f"""---
 license: mit

@@ -305,6 +305,7 @@ class SparseLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse ")  # CSR is in beta state, and not checked at each product
             weight = linear.weight.detach().to_sparse_csr()
@@ -320,7 +321,7 @@ class SparseLinear(nn.Module):
         return self  # torch cannot copy a CSR tensor, and this one never changes
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def use_csr(network: nn.Module, example: tuple[torch.Tensor, ...], always: bool) -> list[str]:
     """Replaces linear layers with zeros by `SparseLinear`, in place: those that are faster so with the inputs that
     `example` gives them, or all. Returns their names."""
