@@ -12,8 +12,6 @@ import copy
 import importlib.util
 import inspect
 import io
-import logging
-import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from gymnasium.wrappers import RescaleAction
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.analysis.compact import Shape, SparseLinear, compact, drop_unused, seconds, trace, use_csr
+from utils.analysis.compact import Shape, SparseLinear, compact, drop_unused, quiet, seconds, trace, use_csr
 from utils.analysis.results import Model, load_model, warn
 from utils.checkpoints import write_atomically
 from utils.envs import EVALUATION_SEED, atari_game, evaluate, make_env
@@ -136,8 +134,7 @@ def shrink(task: Task) -> tuple[nn.Module, dict[str, nn.Module], list[Shape]]:
 def to_torchscript(module: nn.Module, networks: dict[str, nn.Module], task: Task) -> Policy:
     buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             torch.jit.save(torch.jit.trace(module, task.example(2), check_trace=False), buffer)
             buffer.seek(0)
             script = torch.jit.load(buffer)
@@ -149,10 +146,8 @@ def to_torchscript(module: nn.Module, networks: dict[str, nn.Module], task: Task
 
 def to_onnx(module: nn.Module, task: Task) -> bytes:
     batch = tuple({0: torch.export.Dim("batch")} for _ in task.example(2))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages that nothing here needs
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             program = torch.onnx.export(
                 module,
                 task.example(2),

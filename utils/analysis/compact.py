@@ -7,9 +7,12 @@ elementwise (residual sums, IQN's embedding) are removed together or not at all.
 Units that reach an operation without a rule stay, so the result is exact whatever the network does.
 """
 
+import contextlib
+import io
+import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -94,14 +97,26 @@ def compact(network: nn.Module, example: tuple[torch.Tensor, ...]) -> list[Shape
 
 def trace(network: nn.Module, example: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             program = torch.export.export(network, example)
     except Exception as error:  # of many kinds, whatever the network's code does
         raise ValueError(f"torch.export cannot trace it ({type(error).__name__}: {first_line(error)})") from None
     if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in program.graph.nodes):
         raise ValueError("it changes tensors in place")
     return program
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings, logs and listings of torch's exporters; what matters they raise."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def drop_unused(network: nn.Module, program: torch.export.ExportedProgram) -> None:
