@@ -240,7 +240,7 @@ class Networks:
 
         M = kappa max(|delta|, 1) ||z||_1, with one norm for all parameters of a network. Returns the step sizes (N,).
         """
-        norm = sum(traces.abs().sum(1) for _, traces in self.blocks).numpy()
+        norm = sum(traces.abs().sum(1).numpy() for _, traces in self.blocks)
         step = alpha / np.maximum(alpha * kappa * np.maximum(np.abs(delta), 1) * norm, 1)
         change = as_tensor(step * delta)[:, None]
         for values, traces in self.blocks:
