@@ -329,9 +329,8 @@ def features(
     obs: np.ndarray, mean: np.ndarray, variance: np.ndarray, elapsed: np.ndarray, limit: float
 ) -> torch.Tensor:
     """The networks' input (n, obs + 1): the normalised observation, and the time, from -0.5 to 0.5 in an episode."""
-    time = np.maximum(elapsed - 1, 0)[:, None] / limit - 0.5  # the first step shows -0.5 again, as in the authors' code
     normal = (obs - mean) / np.sqrt(variance + 1e-8)
-    return as_tensor(np.concatenate([normal, time], 1))
+    return as_tensor(np.concatenate([normal, elapsed[:, None] / limit - 0.5], 1))
 
 
 def policy_gradient(output: np.ndarray, action: np.ndarray, entropy_weight: np.ndarray) -> np.ndarray:
@@ -407,7 +406,7 @@ def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
         same = [i < len(seen) and rng is seen[i] for i, rng in enumerate(rngs)]
         elapsed = np.array([elapsed[i] + 1 if s else 0 for i, s in enumerate(same)])
         seen = list(rngs)
-        x = features(obs, mean, variance, elapsed, limit)
+        x = features(obs, mean, variance, np.maximum(elapsed - 1, 0), limit)  # as in training: see `main`
         if args.algorithm == "q":
             return epsilon_greedy(networks["q_network"](x).numpy(), np.full(len(x), args.eval_epsilon), rngs)
         output = networks["actor"](x)
@@ -501,21 +500,22 @@ def main(args: Args) -> np.ndarray:
         clipped = action if discrete else np.minimum(np.maximum(action, -1), 1)
         next_obs, reward, terminated, truncated, infos = envs.step(clipped)
         done = (terminated | truncated) & playing
-        elapsed = np.where(acting, elapsed + 1, 0)
+        ended = done | ~acting
         steps += acting
         next_x = observe(next_obs, playing)
+        elapsed = np.where(ended, 0, elapsed + 1)  # after `observe`: the first step shows time 0 again, as published
 
         # Reward, scaled by the deviation of the discounted return
-        discounted_return[:] = np.where(acting, args.gamma * (1 - done) * discounted_return + reward, discounted_return)
+        discount = args.gamma * (1 - done)
+        discounted_return[:] = np.where(acting, discount * discounted_return + reward, discounted_return)
         return_statistics.add(discounted_return[:, None], acting)
         scaled = reward / np.sqrt(return_statistics.variance()[:, 0] + 1e-8)
 
         # TD error. Both kinds of end stop the bootstrap, as published; a turn without transition teaches nothing
         next_value = value_net.forward(next_x).numpy().max(1)  # of one state value, or of the action values
-        delta = (scaled + args.gamma * next_value * (1 - done) - value) * acting  # (N,)
+        delta = (scaled + discount * next_value - value) * acting  # (N,)
 
         # Traces and updates
-        ended = done | ~acting
         if args.algorithm == "q":
             value_net.trace(decay, as_tensor(np.eye(values.shape[1])[action]))
             ended = ended | (action != values.argmax(1))  # Watkins: traces end where the greedy policy was left
