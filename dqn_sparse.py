@@ -43,6 +43,7 @@ class Args(RunFlags):
     """Defaults for Atari; MINATAR and CLASSIC_CONTROL replace some of them for other environments. `RunFlags` adds
     flags that change nothing of what is learned: device, logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "ALE/Breakout-v5"
     """an Atari game (ALE/Pong-v5), a MinAtar game (MinAtar/Breakout-v0), or any Gymnasium id with discrete actions and
     vectors as observations (CartPole-v1)"""

@@ -42,6 +42,7 @@ class Args(RunFlags):
     """Defaults of SimBa; CLEANRL and PENDULUM replace some of them for the MLP and for Pendulum. `RunFlags` adds flags
     that change nothing of what is learned: device, logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "dm_control/humanoid-run-v0"
     """a task of the DeepMind Control suite (dm_control/dog-walk-v0), or any Gymnasium id with vectors as observations
     and bounded continuous actions (HalfCheetah-v5, Pendulum-v1)"""

@@ -35,6 +35,7 @@ from utils.runs import Run
 class Args(RunFlags):
     """`RunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "Walker2d-v5"
     """any Gymnasium id with vectors as observations; its actions are discrete or, for ac, bounded and continuous"""
     seed: Seed = 1
