@@ -532,6 +532,7 @@ def main(args: Args) -> np.ndarray:
         "masks": masks,
         "ever_active": ever_active,
         "replay": replay,
+        "envs": envs,
     }
     run = Run(args, __file__, state, rng)
     global_step, update = run.step, run.update  # 0, or those of the checkpoint that --resume names

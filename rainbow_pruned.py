@@ -528,6 +528,7 @@ def main(args: Args) -> np.ndarray:
         "masks": masks,
         "ever_active": ever_active,
         "replay": replay,
+        "envs": envs,
         "priorities": priorities,
         "max_priority": max_priority,
     }

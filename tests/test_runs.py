@@ -1,5 +1,6 @@
 """A run's folder, and what can go wrong around it: kills, signals, full disks, closed pipes, damaged files."""
 
+import gzip
 import json
 import re
 import signal
@@ -241,6 +242,29 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one(tmp_path, 
     assert load(checkpoint)["step"] == 200
     ended = run_script("dqn_sparse.py", "--resume", str(checkpoint))
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_killed_and_resumed_run_logs_every_step_of_its_dataset(tmp_path):
+    """A checkpoint brings the dataset up to date: what comes after it is lost with a kill, and played again."""
+    data = tmp_path / "data"
+    code = """
+    advance = runs.Run.advance
+    def die(run, step, update):
+        advance(run, step, update)
+        if step == 350:
+            os.kill(os.getpid(), signal.SIGKILL)
+    runs.Run.advance = die
+    """
+    flags = [*TINY, "--checkpoint-every", "100", "--save-dataset", str(data), "--runs-dir", str(tmp_path / "runs")]
+    assert run_with(code, *flags).returncode == -signal.SIGKILL
+    checkpoint = only_folder(tmp_path / "runs") / "checkpoint.pt"
+    assert load(checkpoint)["step"] == 300
+    dqn_sparse.main(parse_args(Args, preset, ["--resume", str(checkpoint)]))
+    counts = []
+    for path in data.glob("add_count_*"):
+        with gzip.open(path) as file:
+            counts.append(int(np.load(file)))
+    assert sorted(counts) == [200, 300]
 
 
 @pytest.mark.parametrize("name", ["args.json", "episodes.csv", "scalars.csv"])

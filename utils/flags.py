@@ -82,8 +82,9 @@ def check_flags(args: RunFlags) -> None:
     """Ends the program with one line unless every flag is within the range that its type annotation gives."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value is None:
+        if value is None or value == getattr(type(args), name, None) == "":
             continue
+        expect(args, name, value != "", "a text that is not empty")
         expect(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
         for rule in rules_of(hint):
             if isinstance(rule, Range):

@@ -52,9 +52,9 @@ def choose_device(args: RunFlags) -> torch.device:
     if device.type == "cuda":
         print(f"device: {torch.cuda.get_device_name(device)}")
     else:
-        print(
-            f"device: CPU, {torch.get_num_threads()} threads (with several runs at once, OMP_NUM_THREADS=1 is fastest)"
-        )
+        threads = torch.get_num_threads()
+        hint = "one thread" if threads == 1 else f"{threads} threads (for several runs at once: OMP_NUM_THREADS=1)"
+        print(f"device: CPU, {hint}")
     return device
 
 
