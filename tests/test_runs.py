@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import signal
 import subprocess
@@ -172,6 +173,15 @@ def test_what_is_not_a_checkpoint_is_refused(stopped, tmp_path, capsys):
         assert "--resume" in refused(capsys, "--resume", str(path)), path
     assert "--resume" in refused(capsys, "--resume", "")
     assert files(stopped) == before
+
+
+def test_two_processes_do_not_resume_one_run(stopped, capsys):
+    before, lock = files(stopped), runs.lock_folder(stopped)
+    assert "another process" in refused(capsys, "--resume", str(stopped / "checkpoint.pt"))
+    assert files(stopped) == before
+    os.close(lock)
+    dqn_sparse.main(parse_args(Args, preset, ["--resume", str(stopped / "checkpoint.pt")]))
+    assert (stopped / "model.pt").exists()
 
 
 def test_a_model_is_not_a_checkpoint(train, capsys):

@@ -1,6 +1,7 @@
 """A run's notebook: its folder, logs, progress line, checkpoints and end; and the entry point of every script."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -132,9 +133,11 @@ class Run:
         earlier_seconds = 0.0
         if args.resume:
             self.folder = Path(args.resume).resolve().parent
+            self.lock = lock_folder(self.folder)
             earlier_seconds = self._restore(load_checkpoint(args.resume))
         else:
             self.folder = new_folder(Path(args.runs_dir).expanduser(), args.env_id, self.script.stem, args.seed)
+            self.lock = lock_folder(self.folder)
         self.log_every = max(100, self.total // 1_000)
         self.latest_return, self.failed_logs = math.nan, set()
         if wandb:
@@ -326,6 +329,7 @@ class Run:
         self._try("TensorBoard", self.writer.close)
         for name, file in self.files.items():
             self._try(name, file.close)
+        os.close(self.lock)
         Run.open.remove(self)
         if not Run.open:
             stop_signal.restore()
@@ -435,6 +439,18 @@ def new_folder(runs_dir: Path, env_id: str, script: str, seed: int) -> Path:
             number += 1
         except OSError as error:
             fail(f"--runs-dir: cannot write to {folder}: {error.strerror}")
+
+
+def lock_folder(folder: Path) -> int:
+    """Locks a run's folder for this process; closing the file descriptor, or the process's end, unlocks it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--resume: another process is writing to {os.path.relpath(folder)}")
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def drop_rows_after(step: int, path: Path) -> None:
