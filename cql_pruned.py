@@ -542,7 +542,7 @@ def main(args: Args) -> np.ndarray:
                     next_value=lambda batch: q_values(target_network(batch.next_observation), support).amax(1),
                 )
             )
-        if run.due(args.eval_every) and update < args.total_updates:
+        if run.due(args.eval_every):
             run.evaluate(make_policy(args, networks))
         if run.due(args.checkpoint_every):
             run.try_checkpoint()

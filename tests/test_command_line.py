@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from conftest import run_script
+from conftest import run_python
 
 import dqn_sparse
 from utils.command_line import Positional, documented, given_flags, known_flags, make_parser
@@ -143,5 +143,5 @@ def test_help_fits_the_terminal_and_shows_the_environments_defaults(capsys, monk
 
 @pytest.mark.parametrize("command", [["cql_pruned.py"], ["-m", "utils.plot"], ["-m", "utils.sweep"]])
 def test_help_needs_nothing_else(command):
-    ended = run_script(*command, "--help")
+    ended = run_python(*command, "--help")
     assert ended.returncode == 0 and ended.stdout.startswith(f"usage: python {' '.join(command)}") and not ended.stderr

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import run_python
 
 from utils.flags import RunFlags
 
@@ -91,7 +91,7 @@ def test_links_within_the_repository_lead_somewhere(page):
 def test_the_readme_says_how_much_a_fork_brings_along():
     """The lines of utils that a run of dqn_sparse.py loads, to the nearest hundred."""
     code = "import sys, dqn_sparse, utils.curves as c\nfor name in sys.modules: name[:6] == 'utils.' and print(name)"
-    loaded = run_script("-c", code).stdout.split()
+    loaded = run_python("-c", code).stdout.split()
     lines = sum(len((ROOT / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in loaded)
     assert f"needs the {round(lines, -2):,} lines in `utils/`" in " ".join((ROOT / "README.md").read_text().split())
 

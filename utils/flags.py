@@ -1,6 +1,5 @@
 """Command-line flags: those that every script inherits, what values a flag accepts, and one-line errors."""
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -85,7 +84,8 @@ def check_flags(args: RunFlags) -> None:
         if value is None or value == getattr(type(args), name, None) == "":
             continue
         expect(args, name, value != "", "a text that is not empty")
-        expect(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+        expect(args, name, not isinstance(value, int) or abs(value) <= 2**53, "an integer of at most 2^53")
+        expect(args, name, not isinstance(value, float) or abs(value) < 2**127, "a finite float32 number")
         for rule in rules_of(hint):
             if isinstance(rule, Range):
                 expect(args, name, rule.accepts(value), rule.expected)

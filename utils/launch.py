@@ -47,7 +47,9 @@ def protect_output() -> None:
         setattr(sys, name, SafeStream(stream))
 
 
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|Storage size calculation overflow", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Storage size calculation overflow|allowed dimension exceeded", re.IGNORECASE
+)
 
 
 def launch(main: Callable[[ArgsT], object], args_class: type[ArgsT], preset: Callable[[ArgsT], dict]) -> None:

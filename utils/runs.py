@@ -186,7 +186,8 @@ class Run:
                 shutil.copyfile(self.script, self.folder / self.script.name)
             self.files = {}
             for name in CSV_HEADERS:
-                drop_rows_after(self.step, self.folder / name)
+                final = name == "evaluations.csv" and self.step >= self.total  # the final evaluation is played again
+                drop_rows_after(self.step - final, self.folder / name)
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
         except OSError as error:
             fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror or error}")
@@ -287,8 +288,13 @@ class Run:
         self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_length", length, self.step)
         self._row("episodes.csv", self.step, f"{episodic_return:g}", length)
 
-    def evaluate(self, policy: Policy, video_folder: Path | None = None) -> np.ndarray:
-        """Plays `--eval-episodes` episodes, the same ones at each call, and logs them; returns (episodes,) returns."""
+    def evaluate(self, policy: Policy) -> None:
+        """Plays `--eval-episodes` episodes, the same ones at each call, and logs them; not after the last step, since
+        `finish` does so."""
+        if self.step < self.total:
+            self._evaluate(policy)
+
+    def _evaluate(self, policy: Policy, video_folder: Path | None = None) -> np.ndarray:
         seed = self.args.seed + EVALUATION_SEED
         returns, lengths = evaluate(self.args, policy, self.args.eval_episodes, seed, video_folder)
         for episode, (value, length) in enumerate(zip(returns, lengths)):
@@ -394,7 +400,7 @@ class Run:
             raise SystemExit(128 + number)
         stop_signal.immediate = f"stopped: {saved}"
         print(f"playing {self.args.eval_episodes} episodes with the final network")
-        returns = self.evaluate(policy, self.folder / "videos" if self.args.capture_video else None)
+        returns = self._evaluate(policy, self.folder / "videos" if self.args.capture_video else None)
         self._try("curve.png", self._draw_curve)
         self.close()
         print(f"model.pt, curve.png and the logs are in {os.path.relpath(self.folder)}")
