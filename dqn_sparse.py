@@ -74,7 +74,7 @@ class Args(RunFlags):
 
     # Replay
     buffer_size: PositiveInt = 1_000_000
-    """transitions in the replay"""
+    """rows of the replay: one for each transition, and one more for each episode"""
     learning_starts: NonNegativeInt = 20_000
     """agent steps before the first update, with random actions"""
     replay_ratio: PositiveFloat = 0.25

@@ -10,7 +10,7 @@ Ma et al. (2025), Network sparsity unlocks the scaling potential of deep reinfor
 Lee et al. (2025), SimBa: simplicity bias for scaling up parameters in deep reinforcement learning. arXiv:2410.09754
 Haarnoja et al. (2018), Soft actor-critic algorithms and applications. arXiv:1812.05905
 
-    python sac_sparse.py --env-id Pendulum-v1                       # a return of about -150 in a minute on a laptop
+    python sac_sparse.py --env-id Pendulum-v1                       # a return of about -150 in two minutes on a laptop
     python sac_sparse.py --sparsity 0.9 --width 5                   # Humanoid Run, five times as wide (GPU)
     python sac_sparse.py --network mlp --env-id HalfCheetah-v5 --critic-sparsity 0.9 --actor-sparsity 0
 """
@@ -86,7 +86,7 @@ class Args(RunFlags):
     batch_size: PositiveInt = 256
     """transitions per update"""
     buffer_size: PositiveInt = 1_000_000
-    """transitions in the replay"""
+    """rows of the replay: one for each transition, and one more for each episode"""
     learning_starts: PositiveInt = 5_000
     """agent steps before the first update, with random actions"""
     replay_ratio: PositiveFloat = 2.0
@@ -431,7 +431,7 @@ def main(args: Args) -> np.ndarray:
     args = replace(args, gamma=gamma, num_critics=num_critics)
     print(f"critics: {num_critics}, discount factor: {gamma:g}, action repeat: {args.action_repeat}")
     if device.type == "cpu" and args.network == "simba":
-        print("SimBa needs a GPU; for a task of a minute on a CPU: python sac_sparse.py --env-id Pendulum-v1")
+        print("SimBa needs a GPU; for a task of two minutes on a CPU: python sac_sparse.py --env-id Pendulum-v1")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = {name: network.to(device) for name, network in make_networks(args, obs_space, action_space).items()}
