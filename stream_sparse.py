@@ -37,6 +37,7 @@ aten = torch.ops.aten  # torch's own backward kernels
 class Args(RunFlags):
     """`RunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "Walker2d-v5"
     """any Gymnasium id with vectors as observations; its actions are discrete or, for ac, bounded and continuous"""
     seed: Seed = 1
