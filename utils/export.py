@@ -15,12 +15,11 @@ import io
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from gymnasium.wrappers import RescaleAction
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils.analysis.compact import Shape, SparseLinear, compact, drop_unused, quiet, seconds, trace, use_csr
 from utils.analysis.results import Model, load_model, warn
 from utils.checkpoints import write_atomically
+from utils.command_line import Positional, fail, flag
 from utils.envs import EVALUATION_SEED, atari_game, evaluate, make_env
-from utils.flags import NonNegativeInt, PositiveInt, RunFlags, check_flags, fail, first_line, flag
+from utils.flags import NonNegativeInt, PositiveInt, RunFlags, check_flags, first_line
 from utils.launch import run_command
 
 BATCH_SIZES = (1, 32, 256)
@@ -38,7 +38,7 @@ COMPARED = 2_048  # observations of the evaluation on which outputs are compared
 
 @dataclass
 class Args:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, Positional]
     """folder of a run, or its model.pt"""
     csr: Literal["auto", "always", "never"] = "auto"
     """store linear layers as CSR matrices: where that is faster on this machine, wherever there are zeros, or never"""
@@ -101,13 +101,15 @@ class Policy(NamedTuple):
 
 
 def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The bounds of continuous actions, which `make_env` rescales to [-1, 1]."""
-    if atari_game(env_id):
+    """The environment's own bounds of continuous actions, which `make_env` rescales to [-1, 1]."""
+    env = None if atari_game(env_id) else make_env(env_id)
+    if env is None or not isinstance(env.action_space, gym.spaces.Box):
         return None
-    env = make_env(env_id)
-    while isinstance(env, gym.Wrapper) and not isinstance(env, RescaleAction):
+    space = env.action_space
+    while isinstance(env, gym.Wrapper):
+        space = env.env.action_space if isinstance(env, RescaleAction) else space
         env = env.env
-    return (env.env.action_space.low, env.env.action_space.high) if isinstance(env, RescaleAction) else None
+    return space.low, space.high
 
 
 def check_same(module: nn.Module, other: nn.Module, task: Task) -> None:
