@@ -103,7 +103,7 @@ def made_compact(network: nn.Module, *example: torch.Tensor) -> nn.Module:
     return small
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_random_network_computes_the_same(seed):
     network, x = random_network(seed)
     made_compact(network, x)
@@ -112,10 +112,10 @@ def test_a_random_network_computes_the_same(seed):
 def test_random_networks_are_made_smaller():
     """Else the test above would show little."""
     smaller = 0
-    for seed in range(12):
+    for seed in range(8):
         network, x = random_network(seed)
         smaller += any(after < before for _, before, after in compact(network, (x,)))
-    assert smaller >= 6
+    assert smaller >= 4
 
 
 VECTOR, IMAGE = Box(-1, 1, (5,)), Box(0, 255, (4, 84, 84))
