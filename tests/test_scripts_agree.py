@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("dqn_sparse", "rainbow_pruned", "cql_pruned", "sac_sparse")
+SCRIPTS = ("dqn_sparse", "rainbow_pruned", "iqn_pruned", "cql_pruned", "sac_sparse")
 DIFFERENT = {  # and why
     "main": "an algorithm of its own",
     "preset": "settings of its own",

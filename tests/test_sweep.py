@@ -14,7 +14,7 @@ from conftest import ENV, ROOT
 
 import dqn_sparse
 from utils import cells as grid
-from utils.sweep import Args, concurrency, take_shard
+from utils.sweep import Args, concurrency, start_ray, take_shard
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-sweep.txt")
 
@@ -306,3 +306,16 @@ def test_a_run_that_needs_more_than_there_is_is_refused(name, capsys):
     with pytest.raises(SystemExit) as ended:
         concurrency(args, {"CPU": 2.0, "GPU": 1.0, "memory": 30e9})
     assert ended.value.code == 2 and name.replace("_", "-") in capsys.readouterr().err
+
+
+def test_ray_that_does_not_start_is_one_line(monkeypatch, tmp_path, capsys):
+    def init(**kwargs):
+        raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(SystemExit, match=r"timed out during startup\.; the same command") as here:
+        start_ray(Args(script=tmp_path / "count.py", out=tmp_path))
+    assert "\n" not in here.value.code
+    with pytest.raises(SystemExit) as elsewhere:
+        start_ray(Args(script=tmp_path / "count.py", out=tmp_path, address="auto"))
+    assert elsewhere.value.code == 2 and "--address" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from utils.analysis.results import import_file, warn
 from utils.cells import Cell
 from utils.checkpoints import write_atomically
 from utils.command_line import Positional, known_flags
-from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_flags, fail
+from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_flags, fail, first_line
 from utils.launch import run_program
 from utils.runs import versions
 
@@ -195,7 +195,7 @@ class Sweep:
                 code = self.ray.get(reference)
                 reason = grid.why_failed(cell, code)
             except self.ray.exceptions.RayError as error:
-                code, reason = 1, f"its worker died: {str(error).splitlines()[0]}"
+                code, reason = 1, f"its worker died: {first_line(error)}"
             self.ray.kill(actor)
             if code == TAKEN:
                 self.waiting.append(cell)
@@ -297,8 +297,10 @@ def start_ray(args: Args) -> object:
         own = {}
     try:
         ray.init(address=args.address or "local", log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        fail(f"--address: Ray does not start or answer: {str(error).splitlines()[0]}")
+    except Exception as error:  # Ray raises plain ones too, on a machine that is too busy to start it in time
+        if args.address:
+            fail(f"--address: Ray does not answer: {first_line(error)}")
+        raise SystemExit(f"error: Ray does not start: {first_line(error)}; the same command tries again") from None
     return ray
 
 
