@@ -45,6 +45,7 @@ INSTALL_DM_CONTROL = (
     if sys.version_info < (3, 13)
     else "pip install shimmy dm-env lxml requests scipy 'mujoco<4' && pip install --no-deps dm-control"
 )
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
 
 
@@ -137,6 +138,13 @@ class MinAtarImages(gym.ObservationWrapper):
         return picture.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
+class NoInfos(gym.Wrapper):
+    """Drops the infos of each step: simulators tell much that is not used here, and to batch it takes time."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return *self.env.step(action)[:4], {}
+
+
 def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:
     """One environment that is not Atari; a dictionary of observations becomes a vector, and bounded continuous actions
     are scaled to [-1, 1].
@@ -158,10 +166,12 @@ def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = Non
         env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
-    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        one = env.action_space.dtype.type(1)
-        env = RescaleAction(env, -one, one)
-    return RepeatAction(env, action_repeat) if action_repeat > 1 else env
+    actions = env.action_space
+    if isinstance(actions, gym.spaces.Box) and actions.is_bounded():
+        one = actions.dtype.type(1)
+        if (actions.low != -one).any() or (actions.high != one).any():  # to rescale nothing takes time as well
+            env = RescaleAction(env, -one, one)
+    return NoInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
 
 
 def make_envs(
@@ -254,7 +264,7 @@ class TrainingEnvs(VectorWrapper):
             raise EnvironmentFailed(f"the environment failed: {type(error).__name__}: {first_line(error)}") from error
 
     def _check(self, what: str, values: np.ndarray) -> None:
-        if values.dtype != np.uint8 and not (np.abs(values) <= np.finfo(np.float32).max).all():  # NaN neither
+        if values.dtype != np.uint8 and not np.abs(values).max() <= FLOAT32_MAX:  # the maximum with a NaN is NaN
             raise EnvironmentFailed(f"the environment gave {what} that is not a finite float32 number")
 
 
