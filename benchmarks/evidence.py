@@ -62,8 +62,8 @@ class Curve(NamedTuple):
 # ---- Collecting ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(run: LoggedRun) -> list[list]:
-    """The rows of one finished run; a stretch in which no episode ended has no row."""
+def rows_of(run: LoggedRun, steps: int) -> list[list]:
+    """The rows of the first steps of one run; a stretch in which no episode ended has no row."""
     args, rows = run.args, []
     key = (
         args["script"],
@@ -74,24 +74,25 @@ def rows_of(run: LoggedRun) -> list[list]:
         int(args.get("bias", True)),
         args["seed"],
     )
-    returns, ends = run.returns(), np.linspace(0, run.total_steps, STRETCHES + 1)
+    returns, ends = run.returns(), np.linspace(0, steps, STRETCHES + 1)
     for begin, end in itertools.pairwise(ends):
         inside = returns[(returns[:, 0] > begin) & (returns[:, 0] <= end), 1]
         if len(inside):
             rows.append([*key, int(end), f"{inside.mean():.4g}", ""])
     evaluations = run.evaluations
-    if rows and len(evaluations):
+    if rows and len(evaluations) and steps == run.total_steps:
         rows[-1][-1] = f"{evaluations[evaluations[:, 0] == evaluations[-1, 0], 2].mean():.4g}"
     return rows
 
 
-def collect(patterns: list[str], out: Path) -> None:
+def collect(patterns: list[str], out: Path, steps: int | None) -> None:
+    """`steps`: of each run take these first ones only; None takes whole runs."""
     rows = []
     for run in find_runs(patterns):
-        if run.finished:
-            rows += rows_of(run)
+        if run.finished or (steps and len(run.episodes) and run.episodes[-1, 0] >= steps):
+            rows += rows_of(run, steps or run.total_steps)
         else:
-            warn(f"{run.folder} is not finished; left out")
+            warn(f"{run.folder} has not come so far; left out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted(rows, key=lambda row: (*row[:7], row[7]))])
@@ -182,10 +183,11 @@ def main() -> None:
     collecting = commands.add_parser("collect", help="write the data of finished runs to a csv file")
     collecting.add_argument("runs", nargs="+", help="folders of runs, or patterns of them in quotes")
     collecting.add_argument("--out", type=Path, required=True)
+    collecting.add_argument("--steps", type=int, help="of each run take these first steps, even if it is not finished")
     commands.add_parser("draw", help="draw docs/evidence_<name>.png from every results/<name>.csv, and print tables")
     args = parser.parse_args()
     if args.command == "collect":
-        collect(args.runs, args.out)
+        collect(args.runs, args.out, args.steps)
         return
     for path in sorted((ROOT / "results").glob("*.csv")):
         tasks = read(path)
