@@ -167,11 +167,16 @@ def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = Non
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
     actions = env.action_space
-    if isinstance(actions, gym.spaces.Box) and actions.is_bounded():
+    if isinstance(actions, gym.spaces.Box) and is_bounded(actions):
         one = actions.dtype.type(1)
         if (actions.low != -one).any() or (actions.high != one).any():  # to rescale nothing takes time as well
             env = RescaleAction(env, -one, one)
     return NoInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
+
+
+def is_bounded(space: gym.spaces.Box) -> bool:
+    """Whether it has dimensions, and each has bounds that differ."""
+    return space.low.size > 0 and space.is_bounded() and bool((space.low < space.high).all())
 
 
 def make_envs(
@@ -294,7 +299,8 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
         fail(f"--env-id: cannot make {args.env_id}{flags and f' with {flags}'}: {first_line(error)}")
     space, actions = envs.single_observation_space, envs.single_action_space
     actions_fit = isinstance(actions, action_space) and (
-        isinstance(actions, gym.spaces.Discrete) or actions.is_bounded()
+        isinstance(actions, gym.spaces.Discrete)
+        or (len(actions.shape) == 1 and actions.dtype.kind == "f" and is_bounded(actions))
     )
     is_game = atari_game(args.env_id) or is_minatar(args.env_id)
     if not actions_fit or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not is_game):
