@@ -244,7 +244,9 @@ def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.space
     encoder = Encoder(obs_space.shape[0], obs_space.shape[1], args.width)
     sizes = encoder.features, args.feature_dim * args.width, args.hidden_dim * args.width, actions
     networks = {"encoder": encoder, "actor": Actor(*sizes), "critic": TwinCritic(*sizes)}
-    return {name: network.apply(init_orthogonal) for name, network in networks.items()}
+    networks = {name: network.apply(init_orthogonal) for name, network in networks.items()}
+    encoder.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    return networks
 
 
 # ---- Sparsity --------------------------------------------------------------------------------------------------------

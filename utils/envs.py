@@ -108,8 +108,9 @@ def choose_renderer() -> None:
             if ctypes.util.find_library(library):
                 os.environ["MUJOCO_GL"] = name
                 break
-    # one thread renders, and a program that ends with an error need not stop another one
+    # DeepMind Control would render in a thread of its own, and complain if the program ends with an error
     os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame then asks for no screen
 
 
 def cannot_render(env_id: str) -> str | None:
