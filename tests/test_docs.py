@@ -31,6 +31,7 @@ def shown(value):
         ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("iqn_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
+        ("drq_sparse", ["EASY", "HUMANOID", "QUADRUPED_RUN", "PENDULUM"]),
         ("stream_sparse", []),
     ],
 )
