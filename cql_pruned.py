@@ -59,6 +59,7 @@ class Args(RunFlags):
     """Defaults for Atari and `--loss huber`; C51 and CLASSIC_CONTROL replace some of them. `RunFlags` adds flags that
     change nothing of what is learned: device, logging, checkpoints, evaluation. Steps are updates here."""
 
+    # Experiment
     dataset: str = ""
     """dataset to learn from: a folder of the DQN Replay Dataset or of --save-dataset, or minari:<id>"""
     env_id: str | None = None
@@ -541,7 +542,7 @@ def main(args: Args) -> np.ndarray:
                     next_value=lambda batch: q_values(target_network(batch.next_observation), support).amax(1),
                 )
             )
-        if run.due(args.eval_every) and update < args.total_updates:
+        if run.due(args.eval_every):
             run.evaluate(make_policy(args, networks))
         if run.due(args.checkpoint_every):
             run.try_checkpoint()
@@ -553,7 +554,7 @@ def main(args: Args) -> np.ndarray:
 
 def preset(args: Args) -> dict:
     """Values that replace defaults for these flags."""
-    vectors = atari_game(env_id_of(args)) is None
+    vectors = args.dataset and atari_game(env_id_of(args)) is None
     return (C51 if args.loss == "c51" else {}) | (CLASSIC_CONTROL if vectors else {})
 
 

@@ -43,6 +43,7 @@ class Args(RunFlags):
     """Defaults for Atari; MINATAR and CLASSIC_CONTROL replace some of them for other environments. `RunFlags` adds
     flags that change nothing of what is learned: device, logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "ALE/Breakout-v5"
     """an Atari game (ALE/Pong-v5), a MinAtar game (MinAtar/Breakout-v0), or any Gymnasium id with discrete actions and
     vectors as observations (CartPole-v1)"""
@@ -73,7 +74,7 @@ class Args(RunFlags):
 
     # Replay
     buffer_size: PositiveInt = 1_000_000
-    """transitions in the replay"""
+    """rows of the replay: one for each transition, and one more for each episode"""
     learning_starts: NonNegativeInt = 20_000
     """agent steps before the first update, with random actions"""
     replay_ratio: PositiveFloat = 0.25
@@ -422,6 +423,7 @@ def main(args: Args) -> np.ndarray:
         "masks": masks,
         "ever_active": ever_active,
         "replay": replay,
+        "envs": envs,
     }
     run = Run(args, __file__, state, rng)
     global_step, update = run.step, run.update  # 0, or those of the checkpoint that --resume names

@@ -10,7 +10,7 @@ Ma et al. (2025), Network sparsity unlocks the scaling potential of deep reinfor
 Lee et al. (2025), SimBa: simplicity bias for scaling up parameters in deep reinforcement learning. arXiv:2410.09754
 Haarnoja et al. (2018), Soft actor-critic algorithms and applications. arXiv:1812.05905
 
-    python sac_sparse.py --env-id Pendulum-v1                       # a return of about -150 in a minute on a laptop
+    python sac_sparse.py --env-id Pendulum-v1                       # a return of about -150 in two minutes on a laptop
     python sac_sparse.py --sparsity 0.9 --width 5                   # Humanoid Run, five times as wide (GPU)
     python sac_sparse.py --network mlp --env-id HalfCheetah-v5 --critic-sparsity 0.9 --actor-sparsity 0
 """
@@ -18,6 +18,7 @@ Haarnoja et al. (2018), Soft actor-critic algorithms and applications. arXiv:181
 import copy
 import itertools
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -42,6 +43,7 @@ class Args(RunFlags):
     """Defaults of SimBa; CLEANRL and PENDULUM replace some of them for the MLP and for Pendulum. `RunFlags` adds flags
     that change nothing of what is learned: device, logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "dm_control/humanoid-run-v0"
     """a task of the DeepMind Control suite (dm_control/dog-walk-v0), or any Gymnasium id with vectors as observations
     and bounded continuous actions (HalfCheetah-v5, Pendulum-v1)"""
@@ -84,7 +86,7 @@ class Args(RunFlags):
     batch_size: PositiveInt = 256
     """transitions per update"""
     buffer_size: PositiveInt = 1_000_000
-    """transitions in the replay"""
+    """rows of the replay: one for each transition, and one more for each episode"""
     learning_starts: PositiveInt = 5_000
     """agent steps before the first update, with random actions"""
     replay_ratio: PositiveFloat = 2.0
@@ -134,10 +136,10 @@ CLEANRL = {
     "target_entropy": -1.0,
 }
 
-# Defaults for Pendulum: a task of a minute.
+# Defaults for Pendulum: a task of two minutes.
 PENDULUM = {
     "eval_episodes": 20,
-    "total_timesteps": 8_000,
+    "total_timesteps": 12_000,
     "network": "mlp",
     "learning_starts": 1_000,
 }
@@ -145,7 +147,8 @@ PENDULUM = {
 # Hidden units, and residual blocks or hidden layers, of the actor and of the critic at --width 1 --depth 1.
 SIZES = {"simba": ((128, 1), (512, 2)), "mlp": ((256, 2), (256, 2))}
 # SimBa uses two critics where an episode can terminate, and one elsewhere.
-NEVER_TERMINATES = ("dm_control/", "HalfCheetah-", "HumanoidStandup-", "Pendulum-", "Pusher-", "Reacher-", "Swimmer-")
+NEVER_TERMINATES = ("HalfCheetah-", "HumanoidStandup-", "Pendulum-", "Pusher-", "Reacher-", "Swimmer-")
+DM_CONTROL_SUITE = re.compile(r"dm_control/\w+-\w+-v\d+")  # domain and task; manipulation, locomotion have one name
 DM_CONTROL_STEPS = 1_000  # of an episode of the suite, before actions are repeated
 
 
@@ -418,17 +421,17 @@ def main(args: Args) -> np.ndarray:
     torch.manual_seed(args.seed)
 
     # What follows from the environment unless a flag says it
-    dm_control = args.env_id.startswith("dm_control/")
+    dm_control = DM_CONTROL_SUITE.fullmatch(args.env_id) is not None
     args = replace(args, action_repeat=args.action_repeat or (2 if dm_control else 1))
     envs = open_envs(args, gym.spaces.Box)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     episode_steps = DM_CONTROL_STEPS if dm_control else gym.spec(args.env_id).max_episode_steps
     gamma = discount_for(episode_steps and episode_steps / args.action_repeat) if args.gamma is None else args.gamma
-    num_critics = args.num_critics or (1 if args.env_id.startswith(NEVER_TERMINATES) else 2)
+    num_critics = args.num_critics or (1 if dm_control or args.env_id.startswith(NEVER_TERMINATES) else 2)
     args = replace(args, gamma=gamma, num_critics=num_critics)
     print(f"critics: {num_critics}, discount factor: {gamma:g}, action repeat: {args.action_repeat}")
     if device.type == "cpu" and args.network == "simba":
-        print("SimBa needs a GPU; for a task of a minute on a CPU: python sac_sparse.py --env-id Pendulum-v1")
+        print("SimBa needs a GPU; for a task of two minutes on a CPU: python sac_sparse.py --env-id Pendulum-v1")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = {name: network.to(device) for name, network in make_networks(args, obs_space, action_space).items()}

@@ -30,11 +30,14 @@ from utils.launch import launch
 from utils.masks import active_count, layer_densities, mask_table, prunable, random_mask
 from utils.runs import Run
 
+aten = torch.ops.aten  # torch's own backward kernels
+
 
 @dataclass
 class Args(RunFlags):
     """`RunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "Walker2d-v5"
     """any Gymnasium id with vectors as observations; its actions are discrete or, for ac, bounded and continuous"""
     seed: Seed = 1
@@ -133,7 +136,7 @@ def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.Space
 
 
 class DenseLayer:
-    """The weights (N, out, in) of one layer of N networks, and their eligibility traces."""
+    """One layer of N networks side by side: its weights (N, out, in) and their eligibility traces."""
 
     def __init__(self, weights: list[torch.Tensor], masks: list) -> None:
         self.shape = (len(weights), *weights[0].shape)
@@ -142,115 +145,107 @@ class DenseLayer:
         self.matrix, self.trace_matrix = self.values.view(self.shape), self.traces.view(self.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, in) -> (N, out)
-        return torch.bmm(x[:, None], self.matrix.transpose(1, 2))[:, 0]  # matrix @ x takes ten times as long for N > 1
-
-    def backward(self, grad: torch.Tensor) -> torch.Tensor:  # (N, out) -> (N, in)
-        return torch.bmm(grad[:, None], self.matrix)[:, 0]
+        return torch.bmm(x.unsqueeze(1), self.matrix.mT).squeeze(1)  # matrix @ x takes ten times as long for N > 1
 
     def trace(self, decay: float, grad: torch.Tensor, x: torch.Tensor) -> None:
         """z <- decay z + grad x^T"""
-        self.trace_matrix.baddbmm_(grad[:, :, None], x[:, None], beta=decay)
+        self.trace_matrix.baddbmm_(grad.unsqueeze(2), x.unsqueeze(1), beta=decay)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:  # (N, out) -> (N, in)
+        return torch.bmm(grad.unsqueeze(1), self.matrix).squeeze(1)
 
     def dense(self, agent: int) -> torch.Tensor:
         return self.matrix[agent]
 
 
 class SparseLayer:
-    """The same with active weights alone: values and traces (N, active), as CSR matrices on one pattern.
+    """The same with active weights only: values and traces are (N, active), each with its row and its column.
 
-    The N matrices are the blocks on the diagonal of a large one, so each product is one call for all agents.
+    The N matrices are the blocks on the diagonal of one large matrix, so that one call computes all agents.
     """
 
     def __init__(self, weights: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
         self.shape = n, n_out, n_in = len(weights), *weights[0].shape
-        where = [mask.nonzero().T for mask in masks]  # (2, active): row and column, by rows
-        self.values = torch.stack([weight[tuple(index)] for weight, index in zip(weights, where)])
+        self.where = [mask.nonzero(as_tuple=True) for mask in masks]  # rows and columns, sorted by rows
+        self.values = torch.stack([weight[index] for weight, index in zip(weights, self.where)])
         self.traces = torch.zeros_like(self.values)
-        row = torch.cat([agent * n_out + index[0] for agent, index in enumerate(where)])
-        column = torch.cat([agent * n_in + index[1] for agent, index in enumerate(where)])
-        size = (n * n_out, n * n_in)
-        self.matrix = csr(row, column, self.values.view(-1), size)  # shares the memory of `values`
-        self.trace_matrix = csr(row, column, self.traces.view(-1), size)
-        # CSR is slow transposed, so backward copies the values to the transposed pattern. Indices only are kept twice
-        self.by_column = (column * size[0] + row).argsort()
-        self.transposed_values = self.values.view(-1)[self.by_column]
-        transposed = (column[self.by_column], row[self.by_column])
-        self.transposed = csr(*transposed, self.transposed_values, size[::-1])
-        self.where = where
+        row = torch.cat([agent * n_out + row for agent, (row, _) in enumerate(self.where)])
+        self.column = torch.cat([agent * n_in + column for agent, (_, column) in enumerate(self.where)])
+        self.row_lengths = torch.bincount(row, minlength=n * n_out).numpy()
+        row_starts = F.pad(torch.from_numpy(self.row_lengths.cumsum()), (1, 0))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse ")  # CSR is in beta state, and is not checked at each product
+            indices, size = (row_starts.int(), self.column.int()), (n * n_out, n * n_in)
+            self.matrix = torch.sparse_csr_tensor(*indices, self.values.view(-1), size)  # shares memory with `values`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, in) -> (N, out)
-        return torch.mv(self.matrix, x.reshape(-1)).view(self.shape[:2])
-
-    def backward(self, grad: torch.Tensor) -> torch.Tensor:  # (N, out) -> (N, in)
-        torch.index_select(self.values.view(-1), 0, self.by_column, out=self.transposed_values)
-        return torch.mv(self.transposed, grad.reshape(-1)).view(self.shape[0], self.shape[2])
+        return torch.mv(self.matrix, x.view(-1)).view(self.shape[:2])
 
     def trace(self, decay: float, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """z <- decay z + grad x^T, where weights are active"""
-        grad, x = grad.reshape(-1, 1), x.reshape(1, -1)
-        torch.sparse.sampled_addmm(self.trace_matrix, grad, x, beta=decay, out=self.trace_matrix)
+        """z <- decay z + grad x^T, only where weights are active"""
+        self.row_grad = torch.from_numpy(grad.numpy().repeat(self.row_lengths))  # torch's repeat_interleave is slower
+        self.traces.view(-1).mul_(decay).addcmul_(self.row_grad, x.view(-1).index_select(0, self.column))
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:  # (N, out) -> (N, in), after `trace` with the same grad
+        terms = self.values.view(-1) * self.row_grad
+        return torch.zeros(self.matrix.shape[1]).scatter_add_(0, self.column, terms).view(self.shape[::2])
 
     def dense(self, agent: int) -> torch.Tensor:
         weight = torch.zeros(self.shape[1:])
-        weight[tuple(self.where[agent])] = self.values[agent]
+        weight[self.where[agent]] = self.values[agent]
         return weight
-
-
-def csr(row: torch.Tensor, column: torch.Tensor, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A CSR matrix that shares the memory of `values`; entries come sorted by rows."""
-    start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=size[0]).cumsum(0)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse ")  # CSR is in beta state, and not checked at each product
-        return torch.sparse_csr_tensor(start.int(), column.int(), values, size)
 
 
 class Networks:
     """N networks like `MLP` side by side, with their traces; the gradient is written out, layer by layer."""
 
     def __init__(self, networks: list[MLP], masks: list[dict[str, torch.Tensor]]) -> None:
-        kind = SparseLayer if masks[0] else DenseLayer
-        weights, biases = [prunable(network) for network in networks], zip(*(biases_of(net) for net in networks))
-        self.layers = [kind([w[name] for w in weights], [m.get(name) for m in masks]) for name in weights[0]]
-        sizes = [layer.shape[1] for layer in self.layers]
-        self.biases = torch.cat([torch.stack(bias) for bias in biases], 1)  # (N, hidden + hidden + outputs)
-        self.bias_traces = torch.zeros_like(self.biases)
-        self.bias = self.biases.split(sizes, 1)  # views
+        self.layers = []
+        for name in prunable(networks[0]):
+            weights = [network.get_parameter(name) for network in networks]
+            layer_masks = [mask.get(name) for mask in masks]
+            is_dense = layer_masks[0] is None or bool(layer_masks[0].all())  # ERK leaves small layers dense
+            self.layers.append((DenseLayer if is_dense else SparseLayer)(weights, layer_masks))
+        self.biases = torch.stack([torch.cat([layer.bias for layer in network.children()]) for network in networks])
+        self.bias_traces = torch.zeros_like(self.biases)  # (N, hidden + hidden + outputs)
+        self.bias = self.biases.split([layer.shape[1] for layer in self.layers], 1)  # views
         self.blocks = [(layer.values, layer.traces) for layer in self.layers] + [(self.biases, self.bias_traces)]
 
     def forward(self, x: torch.Tensor, keep: bool = False) -> torch.Tensor:  # (N, inputs) -> (N, outputs)
         kept = []
         for layer, bias in zip(self.layers[:-1], self.bias):
-            normal, _, scale = torch.native_layer_norm(layer.forward(x) + bias, layer.shape[1:2], None, None, 1e-5)
-            kept.append((x, normal, scale))  # scale: 1 / standard deviation, (N, 1)
+            before = layer.forward(x).add_(bias)
+            normal, mean, scale = torch.native_layer_norm(before, layer.shape[1:2], None, None, 1e-5)
+            kept.append((x, before, normal, mean, scale))  # mean and 1 / standard deviation of `before`, (N, 1)
             x = F.leaky_relu(normal, 0.01)
         if keep:
             self.kept, self.features = kept, x
-        return self.layers[-1].forward(x) + self.bias[-1]
+        return self.layers[-1].forward(x).add_(self.bias[-1])
 
     def trace(self, decay: float, grad: torch.Tensor) -> None:
-        """z <- decay z + the gradient of f at the last kept forward pass; `grad` (N, outputs) is df / d output.
-
-        LayerNorm y = (x - mean x) / sd x, so dx = (dy - mean dy - y mean(y dy)) / sd x.
-        """
+        """z <- decay z + the gradient of f at the last kept forward pass; `grad` (N, outputs) is df / d output."""
         bias_grads = [grad]
         self.layers[-1].trace(decay, grad, self.features)
         for i in (1, 0):
-            x, normal, scale = self.kept[i]
-            grad = self.layers[i + 1].backward(grad) * torch.where(normal > 0, 1.0, 0.01)
-            grad = (grad - grad.mean(1, True) - normal * (normal * grad).mean(1, True)) * scale
+            x, before, normal, mean, scale = self.kept[i]
+            grad = aten.leaky_relu_backward(self.layers[i + 1].backward(grad), normal, 0.01, False)
+            # LayerNorm y = (x - mean x) / sd x, so dx = (dy - mean dy - y mean(y dy)) / sd x
+            norm_inputs = (grad, before, grad.shape[1:], mean, scale, None, None)
+            grad = aten.native_layer_norm_backward(*norm_inputs, [True, False, False])[0]
             self.layers[i].trace(decay, grad, x)
-            bias_grads.insert(0, grad)
-        self.bias_traces.mul_(decay).add_(torch.cat(bias_grads, 1))
+            bias_grads.append(grad)
+        self.bias_traces.mul_(decay).add_(torch.cat(bias_grads[::-1], 1))
 
-    def obgd(self, delta: torch.Tensor, alpha: float, kappa: float) -> torch.Tensor:
+    def obgd(self, delta: np.ndarray, alpha: float, kappa: float) -> np.ndarray:
         """Overshooting-bounded gradient descent (Elsayed et al. 2024, alg. 3): w <- w + min(alpha, 1 / M) delta z.
 
         M = kappa max(|delta|, 1) ||z||_1, with one norm for all parameters of a network. Returns the step sizes (N,).
         """
-        norm = sum(traces.abs().sum(1) for _, traces in self.blocks)
-        step = alpha / (alpha * kappa * delta.abs().clamp(min=1) * norm).clamp(min=1)
+        norm = sum(traces.abs().sum(1).numpy() for _, traces in self.blocks)
+        step = alpha / np.maximum(alpha * kappa * np.maximum(np.abs(delta), 1) * norm, 1)
+        change = as_tensor(step * delta)[:, None]
         for values, traces in self.blocks:
-            values.addcmul_(traces, (step * delta)[:, None])
+            values.addcmul_(traces, change)
         return step
 
     def reset_traces(self, agents: np.ndarray) -> None:  # (N,) bool
@@ -268,10 +263,6 @@ class Networks:
         for layer, bias, module in zip(self.layers, self.bias, network.children()):
             module.weight.copy_(layer.dense(agent))
             module.bias.copy_(bias[agent])
-
-
-def biases_of(network: MLP) -> list[torch.Tensor]:
-    return [layer.bias for layer in network.children()]
 
 
 # ---- Sparsity --------------------------------------------------------------------------------------------------------
@@ -318,8 +309,8 @@ class Welford:
         self.mean += difference / np.maximum(self.count, 1)
         self.squares += difference * (x - self.mean)
 
-    def variance(self) -> np.ndarray:
-        return np.where(self.count < 2, 1.0, self.squares / np.maximum(self.count - 1, 1))
+    def variance(self) -> np.ndarray:  # 1 of a single value, whose squares are 0
+        return self.squares / np.maximum(self.count - 1, 1) + (self.count < 2)
 
     def state(self, agent: int) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(getattr(self, name))[agent] for name in ("mean", "squares", "count")}
@@ -332,57 +323,74 @@ def time_limit(env_id: str) -> float:
 
 def as_tensor(x: np.ndarray) -> torch.Tensor:
     """In torch's default type, float32 unless a notebook or a test sets another."""
-    return torch.from_numpy(x).to(torch.get_default_dtype())
+    return torch.as_tensor(x, dtype=torch.get_default_dtype())
 
 
 def features(
     obs: np.ndarray, mean: np.ndarray, variance: np.ndarray, elapsed: np.ndarray, limit: float
 ) -> torch.Tensor:
     """The networks' input (n, obs + 1): the normalised observation, and the time, from -0.5 to 0.5 in an episode."""
-    time = np.maximum(elapsed - 1, 0)[:, None] / limit - 0.5  # the first step shows -0.5 again, as in the authors' code
     normal = (obs - mean) / np.sqrt(variance + 1e-8)
-    return as_tensor(np.concatenate([normal, time], 1))
+    return as_tensor(np.concatenate([normal, elapsed[:, None] / limit - 0.5], 1))
 
 
-def policy_gradient(
-    output: torch.Tensor, action: torch.Tensor, entropy_weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """d (log pi(a | s) + weight x entropy) / d output (N, outputs), and the entropy (N,).
+def policy_gradient(output: np.ndarray, action: np.ndarray, entropy_weight: np.ndarray) -> np.ndarray:
+    """d (log pi(a | s) + weight x entropy) / d output, (N, outputs).
 
     Args:
         output: (N, 2A): means and deviations before the softplus; or (N, A) preferences, for actions (N,) int64.
         entropy_weight: (N,): entropy coefficient x sign(delta), since ObGD multiplies all by delta.
     """
     weight = entropy_weight[:, None]
-    if action.dtype == torch.int64:  # softmax
-        log_p = F.log_softmax(output, 1)
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(1)
-        return F.one_hot(action, p.shape[1]) - p - weight * p * (log_p + entropy[:, None]), entropy
-    mean, pre_deviation = output.chunk(2, 1)
-    deviation = F.softplus(pre_deviation)
+    if action.ndim == 1:  # softmax
+        log_p = log_softmax(output)
+        p = np.exp(log_p)
+        entropy = -(p * log_p).sum(1, keepdims=True)
+        return np.eye(output.shape[1])[action] - p - weight * p * (log_p + entropy)
+    mean, pre_deviation = halves(output)
+    deviation = softplus(pre_deviation)
     z = (action - mean) / deviation
     grad_deviation = (z * z - 1 + weight) / deviation  # the entropy is that of log(deviation) + a constant
-    entropy = (deviation.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(1)
-    return torch.cat([z / deviation, grad_deviation * pre_deviation.sigmoid()], 1), entropy
+    sigmoid = 1 - np.exp(-deviation)  # the derivative of softplus
+    return np.concatenate([z / deviation, grad_deviation * sigmoid], 1)
 
 
-def sample(output: torch.Tensor, discrete: bool, rngs: list[np.random.Generator]) -> torch.Tensor:
+def entropies(output: np.ndarray, discrete: bool) -> np.ndarray:  # (N, outputs) -> (N,)
+    if discrete:
+        log_p = log_softmax(output)
+        return -(np.exp(log_p) * log_p).sum(1)
+    return (np.log(softplus(halves(output)[1])) + 0.5 * math.log(2 * math.pi * math.e)).sum(1)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:  # (N, A)
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def halves(output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (N, 2A) -> means and pre-deviations, both (N, A)
+    size = output.shape[1] // 2
+    return output[:, :size], output[:, size:]
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(x, 0)
+
+
+def sample(output: np.ndarray, discrete: bool, rngs: list[np.random.Generator]) -> np.ndarray:
     """Actions (N,) int64 of a softmax, or (N, A) of a Gaussian; each agent draws from its own generator."""
     if discrete:
-        cumulative = output.double().softmax(1).cumsum(1)
-        u = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64)
+        cumulative = np.exp(log_softmax(output.astype(np.float64))).cumsum(1)
+        u = np.array([[rng.random()] for rng in rngs])
         return (cumulative < u * cumulative[:, -1:]).sum(1)
-    mean, pre_deviation = output.chunk(2, 1)
-    noise = np.stack([rng.standard_normal(mean.shape[1], dtype=np.float32) for rng in rngs])
-    return mean + F.softplus(pre_deviation) * torch.from_numpy(noise)
+    mean, pre_deviation = halves(output)
+    noise = np.array([rng.standard_normal(mean.shape[1], dtype=np.float32) for rng in rngs])
+    return mean + softplus(pre_deviation) * noise
 
 
-def epsilon_greedy(q: torch.Tensor, epsilons: np.ndarray, rngs: list[np.random.Generator]) -> torch.Tensor:
+def epsilon_greedy(q: np.ndarray, epsilons: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:
     """Actions (N,) int64: argmax of q (N, A), or with probability epsilon (N,) a random one."""
     explore = [rng.random() < epsilon for rng, epsilon in zip(rngs, epsilons)]
-    greedy = q.argmax(1).tolist()
-    return torch.tensor([int(r.integers(q.shape[1])) if e else a for a, e, r in zip(greedy, explore, rngs)])
+    return np.array([r.integers(q.shape[1]) if e else a for a, e, r in zip(q.argmax(1), explore, rngs)])
 
 
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
@@ -399,16 +407,16 @@ def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
         same = [i < len(seen) and rng is seen[i] for i, rng in enumerate(rngs)]
         elapsed = np.array([elapsed[i] + 1 if s else 0 for i, s in enumerate(same)])
         seen = list(rngs)
-        x = features(obs, mean, variance, elapsed, limit)
+        x = features(obs, mean, variance, np.maximum(elapsed - 1, 0), limit)  # as in training: see `main`
         if args.algorithm == "q":
-            return epsilon_greedy(networks["q_network"](x), np.full(len(x), args.eval_epsilon), rngs).numpy()
+            return epsilon_greedy(networks["q_network"](x).numpy(), np.full(len(x), args.eval_epsilon), rngs)
         output = networks["actor"](x)
         return output.argmax(1).numpy() if networks["actor"].discrete else output.chunk(2, 1)[0].clamp(-1, 1).numpy()
 
     return policy
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main(args: Args) -> np.ndarray:
     """Trains the agents; returns the returns (num_seeds, episodes) of their final evaluations."""
     if args.device not in ("auto", "cpu"):
@@ -477,49 +485,48 @@ def main(args: Args) -> np.ndarray:
     x = observe(envs.reset(seed=args.seed + int(steps[0]))[0], playing)  # (N, obs + 1)
     while playing.any() and not runs[0].stopping:
         # Action
-        values = value_net.forward(x, keep=True)  # (N, 1) state values, or (N, A) action values
+        values = value_net.forward(x, keep=True).numpy()  # (N, 1) state values, or (N, A) action values
         if args.algorithm == "q":
             progress = np.minimum((steps + 1) / max(args.exploration_fraction * args.total_timesteps, 1), 1.0)
             epsilon = args.start_e + (args.end_e - args.start_e) * progress
             action = epsilon_greedy(values, epsilon, rngs)
-            value = values.gather(1, action[:, None])[:, 0]
-            greedy = (action == values.argmax(1)).numpy()
+            value = values[np.arange(n), action]
         else:
-            policy = actor.forward(x, keep=True)
+            policy = actor.forward(x, keep=True).numpy()  # (N, outputs)
             action = sample(policy, discrete, rngs)
-            value, greedy = values[:, 0], True
+            value = values[:, 0]
 
         # Transition. NEXT_STEP autoreset: the step after an episode's end only resets, and is not an agent step
         acting = playing & ~done
-        next_obs, reward, terminated, truncated, infos = envs.step(
-            action.clamp(-1, 1).numpy() if not discrete else action.numpy()
-        )
+        clipped = action if discrete else np.minimum(np.maximum(action, -1), 1)
+        next_obs, reward, terminated, truncated, infos = envs.step(clipped)
         done = (terminated | truncated) & playing
-        elapsed = np.where(acting, elapsed + 1, 0)
+        ended = done | ~acting
         steps += acting
         next_x = observe(next_obs, playing)
+        elapsed = np.where(ended, 0, elapsed + 1)  # after `observe`: the first step shows time 0 again, as published
 
         # Reward, scaled by the deviation of the discounted return
-        discounted_return[:] = np.where(acting, args.gamma * (1 - done) * discounted_return + reward, discounted_return)
+        discount = args.gamma * (1 - done)
+        discounted_return[:] = np.where(acting, discount * discounted_return + reward, discounted_return)
         return_statistics.add(discounted_return[:, None], acting)
         scaled = reward / np.sqrt(return_statistics.variance()[:, 0] + 1e-8)
 
         # TD error. Both kinds of end stop the bootstrap, as published; a turn without transition teaches nothing
-        next_value = value_net.forward(next_x).amax(1)  # of one state value, or of the action values
-        target = as_tensor(scaled) + args.gamma * next_value * as_tensor(1.0 - done)
-        delta = (target - value) * torch.from_numpy(acting)  # (N,)
+        next_value = value_net.forward(next_x).numpy().max(1)  # of one state value, or of the action values
+        delta = (scaled + discount * next_value - value) * acting  # (N,)
 
         # Traces and updates
         if args.algorithm == "q":
-            value_net.trace(decay, F.one_hot(action, values.shape[1]).to(values.dtype))
+            value_net.trace(decay, as_tensor(np.eye(values.shape[1])[action]))
+            ended = ended | (action != values.argmax(1))  # Watkins: traces end where the greedy policy was left
         else:
-            gradient, entropy = policy_gradient(policy, action, args.entropy_coefficient * delta.sign())
-            actor.trace(decay, gradient)
+            actor.trace(decay, as_tensor(policy_gradient(policy, action, args.entropy_coefficient * np.sign(delta))))
             policy_step = actor.obgd(delta, args.learning_rate, args.kappa_policy)
-            actor.reset_traces(done | ~acting)
-            value_net.trace(decay, torch.ones_like(values))
+            actor.reset_traces(ended)
+            value_net.trace(decay, torch.ones(n, 1))
         value_step = value_net.obgd(delta, args.learning_rate, args.kappa_value)
-        value_net.reset_traces(done | ~acting | ~np.broadcast_to(greedy, n))  # Watkins: cut where the policy was left
+        value_net.reset_traces(ended)
         x = next_x
 
         # Logs of each agent's own run
@@ -533,6 +540,7 @@ def main(args: Args) -> np.ndarray:
                 if args.algorithm == "q":
                     scalars["charts/epsilon"] = epsilon[i]
                 else:
+                    entropy = entropies(policy, discrete)
                     scalars |= {"losses/policy_step": policy_step[i], "losses/entropy": entropy[i]}
                 run.log({tag: float(scalar) for tag, scalar in scalars.items()}, named[i], named_masks[i])
             if run.due(args.eval_every):

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py                                            # every script, width 1, dense and sparse
     python benchmarks/throughput.py --tasks dqn-impala --widths 1 2 3 4 --out docs/throughput
-    python benchmarks/throughput.py --tasks stream --widths 8 --sparsities 0.9 0.95 0.99
+    python benchmarks/throughput.py --tasks stream --widths 8 --sparsities 0.9 0.95 0.99 --cpu-time
     python benchmarks/throughput.py --tasks dqn --peer path/to/dqn_atari.py --peer-flags "--learning-starts 1000 ..."
 
 Contenders take turns, so that a machine whose speed drifts slows all of them; ratios are within a turn. The machine's
@@ -67,6 +67,7 @@ TASKS = {  # script, network, flags, agent steps per update
     "drq": (drq_sparse, None, HOPPER, 2),
     "cql": (cql_pruned, "nature", CQL, 1),
     "stream": (stream_sparse, None, WALKER, 1),  # without a limit: its matrices are sparse, and fit into caches
+    "stream-8": (stream_sparse, None, f"{WALKER} --num-seeds 8", 1),
 }
 
 
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--peer-flags", default="", help="its flags, in one string; 1000 steps before it learns")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of all threads, where others use the machine")
     parser.add_argument(
         "--out", help="write the rows to OUT.json, and a figure of the time against the width to OUT.png"
     )
@@ -262,7 +264,7 @@ def main() -> None:
                 multiple = max(1, int(steps_per_update))
                 found[key].append(time_script(path, flags, skip, args.seconds, multiple, offline))
 
-    rows = []
+    rows, clock = [], "cpu_ms_per_step" if args.cpu_time else "ms_per_step"
     print(
         "| task | width | method | agent steps/s (min, median, max) | ms per update | rendering, ms per update ", end=""
     )
@@ -273,7 +275,7 @@ def main() -> None:
     print("|---|--:|---|" + "--:|" * 8)
     for (task, width, method), results in found.items():
         steps_per_update = contenders[task, width, method][2]
-        ms = [result["ms_per_step"] for result in results]
+        ms = [result[clock] for result in results]
         row = {
             "task": task,
             "width": width,
@@ -283,7 +285,7 @@ def main() -> None:
         row["steps_per_second"] = sorted(1e3 / value for value in ms)
         row["rendering_ms"] = steps_per_update * statistics.median(r["rendering_ms_per_step"] for r in results)
         row["limit_ms"] = row["mask_fraction"] = None
-        if width and task != "stream":
+        if width and TASKS[task][0] is not stream_sparse:
             flops, nbytes = update_cost(task, width, method != "dense", device)
             row["limit_ms"] = 1e3 * (flops / flops_rate + nbytes / bandwidth)
             row["mask_fraction"] = mask_fraction(task, width, device) if method != "dense" else None
@@ -291,7 +293,7 @@ def main() -> None:
         row["memory_gb"] = max(result[memory] for result in results)
         row["startup_s"] = statistics.median(result["startup_s"] for result in results)
         dense = found.get((task, width or args.widths[0], "dense"), [])
-        row["over_dense"] = sorted(value / base["ms_per_step"] for value, base in zip(ms, dense))
+        row["over_dense"] = sorted(value / base[clock] for value, base in zip(ms, dense))
         rows.append(row)
         speed, over = spread(row["steps_per_second"], ",.0f"), spread(row["over_dense"], ".3f")
         rendering = row["rendering_ms"]

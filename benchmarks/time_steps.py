@@ -18,7 +18,7 @@ import psutil
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import AddRenderObservation
+from gymnasium.wrappers import AddRenderObservation, RecordEpisodeStatistics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.runs import Run
@@ -90,6 +90,7 @@ def main() -> None:
     else:
         for envs in (AtariVectorEnv, SyncVectorEnv):
             counting(envs, "step", lambda envs: envs.num_envs)
+        counting(RecordEpisodeStatistics, "step", lambda env: 1)  # of a peer with a single environment
     sys.argv = [args.script, *args.flags]
     sys.path.insert(0, os.path.dirname(os.path.abspath(args.script)))
     runpy.run_path(args.script, run_name="__main__")

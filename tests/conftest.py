@@ -1,10 +1,15 @@
 """Tiny runs of a script, for the tests: in this process, or in one of its own."""
 
+import atexit
+import importlib
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +19,7 @@ import pytest
 import torch
 
 import dqn_sparse
+from utils import checkpoints, runs
 from utils.runs import CSV_HEADERS, Run, stop_signal
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +34,9 @@ CARTPOLE = {
     "eval_episodes": 1,
     "device": "cpu",
 }
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "utils.curves", "shimmy", "pygame"])
 
 torch.set_num_threads(1)  # small tensors; and other processes want a core too
 
@@ -57,21 +66,41 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-def run_script(*command: str) -> subprocess.CompletedProcess:
+def run_python(*command: str) -> subprocess.CompletedProcess:
     """`python <command>` from the repository's root, to its end; stdout and stderr as text."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
 
 
-def run_with(code: str, *flags: str, script: str = "dqn_sparse") -> subprocess.CompletedProcess:
-    """A script as a program in a process of its own, after this code."""
-    program = f"""
-import os, signal, sys
-import {script} as script, utils.checkpoints as checkpoints, utils.runs as runs
-sys.argv[0] = "{script}.py"
-{textwrap.dedent(code)}
-script.launch(script.main, script.Args, script.preset)
-"""
-    return run_script("-c", program, *flags)
+def run_script(script: str, *flags: str, code: str = "") -> subprocess.CompletedProcess:
+    """As `run_python`, a script in a process of its own, after this code in which it is the module `script`.
+
+    The process is a fork of a server that has imported what all scripts import, which takes longer than a tiny run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = FORKS.Process(target=run_here, args=(script, flags, textwrap.dedent(code), folder))
+        process.start()
+        process.join()
+        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess([script, *flags], process.exitcode, out, err)
+
+
+def run_here(script: str, flags: tuple[str, ...], code: str, folder: str) -> None:
+    """The whole life of that process; its stdout and stderr are files in `folder`."""
+    sys.stdout, sys.stderr = (open(f"{folder}/{name}", "a", buffering=1) for name in ("out", "err"))  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1)  # for what is written from C
+    os.dup2(sys.stderr.fileno(), 2)
+    os.chdir(ROOT)
+    sys.argv = [script, *flags]
+    torch.set_num_threads(1)
+    try:
+        if code:
+            module = importlib.import_module(script.removesuffix(".py"))
+            exec(code, {"os": os, "signal": signal, "script": module, "checkpoints": checkpoints, "runs": runs})
+            module.launch(module.main, module.Args, module.preset)
+        else:
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does not
 
 
 def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndarray | None]:

@@ -1,12 +1,14 @@
 """The documentation says what the code does."""
 
 import dataclasses
+import hashlib
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import run_python
 
 from utils.flags import RunFlags
 
@@ -50,7 +52,39 @@ def test_hyperparameter_table_is_that_of_the_script(script, presets):
     assert {flag: [value.strip() for value in values.split("|")] for flag, values in rows} == expected
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def basis(script: str) -> str:
+    """Digest of what a script's results rest on: its golden runs, and the defaults of its flags and presets."""
+    module = importlib.import_module(script)
+    golden = json.loads((ROOT / "tests" / "golden.json").read_text())
+    runs = {case: golden[case] for case in golden if case.split()[0] == script}
+    digests = {case: {method: run["digest"] for method, run in methods.items()} for case, methods in runs.items()}
+    presets = {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, dict)}
+    flags = {field.name: field.default for field in dataclasses.fields(module.Args) if field.name not in RUNNING}
+    content = json.dumps([digests, flags, presets], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_results_are_of_this_code_or_say_that_they_are_not(page):
+    """Above each result that training gave is a comment, `<!-- measured with dqn_sparse 1a2b3c4d -->`, with the `basis`
+    of every script that it rests on (this file, run as a program, prints them). When a script learns differently or its
+    defaults change, measure again; or write below the comment that the result is of an earlier version."""
+    text = page.read_text()
+    marks = list(re.finditer(r"<!-- measured with (.*?) -->\n(.*?)(?=\n<!-- measured|\n#|\Z)", text, re.S))
+    results = re.search(r"\n## Results\n(.*?)(\n## |\Z)", text, re.S)
+    assert marks or not results or "\n|" not in results[1], f"{page.name}: its results do not say what they rest on"
+    for mark in marks:
+        for script, recorded in (part.split() for part in mark[1].split(", ")):
+            line = text[: mark.start()].count("\n") + 1
+            assert recorded == basis(script) or "an earlier version" in " ".join(mark[2].split()), (
+                f"{page.name}, line {line}: these results are of another {script}, which has {basis(script)} now"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
@@ -59,6 +93,11 @@ def test_links_within_the_repository_lead_somewhere(page):
 def test_the_readme_says_how_much_a_fork_brings_along():
     """The lines of utils that a run of dqn_sparse.py loads, to the nearest hundred."""
     code = "import sys, dqn_sparse, utils.curves as c\nfor name in sys.modules: name[:6] == 'utils.' and print(name)"
-    loaded = run_script("-c", code).stdout.split()
+    loaded = run_python("-c", code).stdout.split()
     lines = sum(len((ROOT / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in loaded)
     assert f"needs the {round(lines, -2):,} lines in `utils/`" in " ".join((ROOT / "README.md").read_text().split())
+
+
+if __name__ == "__main__":
+    for script in sorted(path.stem for path in ROOT.glob("*_*.py")):
+        print(script, basis(script))

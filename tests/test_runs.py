@@ -1,6 +1,8 @@
 """A run's folder, and what can go wrong around it: kills, signals, full disks, closed pipes, damaged files."""
 
+import gzip
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, ENV, ROOT, as_flags, load, run_script, run_with
+from conftest import CARTPOLE, ENV, ROOT, as_flags, load, run_script
 
 import dqn_sparse
 from dqn_sparse import Args, preset
@@ -173,6 +175,15 @@ def test_what_is_not_a_checkpoint_is_refused(stopped, tmp_path, capsys):
     assert files(stopped) == before
 
 
+def test_two_processes_do_not_resume_one_run(stopped, capsys):
+    before, lock = files(stopped), runs.lock_folder(stopped)
+    assert "another process" in refused(capsys, "--resume", str(stopped / "checkpoint.pt"))
+    assert files(stopped) == before
+    os.close(lock)
+    dqn_sparse.main(parse_args(Args, preset, ["--resume", str(stopped / "checkpoint.pt")]))
+    assert (stopped / "model.pt").exists()
+
+
 def test_a_model_is_not_a_checkpoint(train, capsys):
     assert "--resume" in refused(capsys, "--resume", str(train() / "model.pt"))
 
@@ -192,6 +203,14 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
     assert (np.diff(episodes[:, 0]) > 0).all() and episodes[:, 1].min() > 0
     assert episodes[0, 0] < 300 < episodes[-1, 0] <= 900
     assert 310 not in read_scalars(stopped)["losses/td_loss"][:, 0]
+
+
+def test_a_checkpoint_of_the_last_step_has_its_final_evaluation_once(train):
+    folder = train(checkpoint_every=250, eval_every=250, eval_episodes=2)
+    rows = read_evaluations(folder)
+    assert rows[:, 0].tolist() == [250, 250, 500, 500]
+    train(resume=str(folder / "checkpoint.pt"), eval_every=250, eval_episodes=2)
+    np.testing.assert_array_equal(read_evaluations(folder), rows)
 
 
 def test_a_run_cut_too_short_to_reach_its_sparsity_is_an_error(train, stopped):
@@ -235,12 +254,35 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one(tmp_path, 
         return original(*args)
     setattr(module, name, die)
     """
-    ended = run_with(code, *TINY, "--checkpoint-every", "100", "--runs-dir", str(tmp_path))
+    ended = run_script("dqn_sparse.py", *TINY, "--checkpoint-every", "100", "--runs-dir", str(tmp_path), code=code)
     assert ended.returncode == -signal.SIGKILL
     checkpoint = only_folder(tmp_path) / "checkpoint.pt"
     assert load(checkpoint)["step"] == 200
     ended = run_script("dqn_sparse.py", "--resume", str(checkpoint))
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_killed_and_resumed_run_logs_every_step_of_its_dataset(tmp_path):
+    """A checkpoint brings the dataset up to date: what comes after it is lost with a kill, and played again."""
+    data = tmp_path / "data"
+    code = """
+    advance = runs.Run.advance
+    def die(run, step, update):
+        advance(run, step, update)
+        if step == 350:
+            os.kill(os.getpid(), signal.SIGKILL)
+    runs.Run.advance = die
+    """
+    flags = [*TINY, "--checkpoint-every", "100", "--save-dataset", str(data), "--runs-dir", str(tmp_path / "runs")]
+    assert run_script("dqn_sparse.py", *flags, code=code).returncode == -signal.SIGKILL
+    checkpoint = only_folder(tmp_path / "runs") / "checkpoint.pt"
+    assert load(checkpoint)["step"] == 300
+    dqn_sparse.main(parse_args(Args, preset, ["--resume", str(checkpoint)]))
+    counts = []
+    for path in data.glob("add_count_*"):
+        with gzip.open(path) as file:
+            counts.append(int(np.load(file)))
+    assert sorted(counts) == [200, 300]
 
 
 @pytest.mark.parametrize("name", ["args.json", "episodes.csv", "scalars.csv"])
@@ -254,7 +296,7 @@ def test_a_kill_while_a_resume_rewrites_a_file_loses_nothing(tmp_path, stopped, 
         replace(a, b)
     os.replace = die
     """
-    ended = run_with(code, *TINY, "--resume", str(stopped / "checkpoint.pt"))
+    ended = run_script("dqn_sparse.py", *TINY, "--resume", str(stopped / "checkpoint.pt"), code=code)
     assert ended.returncode == -signal.SIGKILL
     after = {path: content for path, content in files(stopped).items() if path in before}
     for path, content in before.items():
@@ -273,7 +315,7 @@ def test_a_signal_while_the_model_is_written_does_not_lose_it(tmp_path, number):
         save(content, file)
     checkpoints.torch.save = interrupted
     """
-    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path))
+    ended = run_script("dqn_sparse.py", *TINY, "--runs-dir", str(tmp_path), code=code)
     assert ended.returncode == 128 + number and "model.pt" in ended.stdout
     assert load(only_folder(tmp_path) / "model.pt")["script"] == "dqn_sparse"
 
@@ -283,7 +325,7 @@ def test_a_signal_in_the_final_evaluation_says_where_the_model_is(tmp_path):
     evaluate = runs.evaluate
     runs.evaluate = lambda *args: os.kill(os.getpid(), signal.SIGINT) or evaluate(*args)
     """
-    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path))
+    ended = run_script("dqn_sparse.py", *TINY, "--runs-dir", str(tmp_path), code=code)
     assert ended.returncode == 130 and "model.pt" in ended.stderr
     assert (only_folder(tmp_path) / "model.pt").exists()
 
@@ -315,7 +357,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_model_is_saved_elsew
         save(content, path)
     runs.save_atomically = full
     """
-    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path / "runs"))
+    ended = run_script("dqn_sparse.py", *TINY, "--runs-dir", str(tmp_path / "runs"), code=code)
     folder = only_folder(tmp_path / "runs")
     assert ended.returncode == 1 and "final evaluation" not in ended.stdout and "Traceback" not in ended.stderr
     assert not (folder / "model.pt").exists() and not list(folder.glob("*.part"))
@@ -363,7 +405,7 @@ gym.register("Broken-v0", Broken)
 
 
 def test_an_environment_that_fails_leaves_a_checkpoint(tmp_path):
-    ended = run_with(BROKEN, *TINY, "--env-id", "Broken-v0", "--runs-dir", str(tmp_path))
+    ended = run_script("dqn_sparse.py", *TINY, "--env-id", "Broken-v0", "--runs-dir", str(tmp_path), code=BROKEN)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     line = ended.stderr.splitlines()[-1]
     assert line.startswith("error: ") and "exploded" in line and "checkpoint.pt" in line
@@ -378,7 +420,7 @@ def test_an_error_in_the_code_shows_its_traceback_and_leaves_a_checkpoint(tmp_pa
         return td_loss(*args)
     td_loss, script.td_loss = script.td_loss, broken
     """
-    ended = run_with(code, *TINY, "--runs-dir", str(tmp_path))
+    ended = run_script("dqn_sparse.py", *TINY, "--runs-dir", str(tmp_path), code=code)
     assert ended.returncode == 1 and "error: KeyError" in ended.stderr and "Traceback" in ended.stderr
     assert load(only_folder(tmp_path) / "checkpoint.pt")["step"] >= 250
 

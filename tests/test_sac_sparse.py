@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_python
 from gymnasium.spaces import Box
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -546,7 +546,7 @@ def test_deepmind_control_as_in_the_paper():
 @needs_dm_control
 def test_deepmind_control_in_a_process_that_has_not_looked_for_it():
     """As `python -m utils.evaluate` makes it."""
-    made = run_script("-c", "from utils.envs import make_envs; make_envs('dm_control/cheetah-run-v0', 1)")
+    made = run_python("-c", "from utils.envs import make_envs; make_envs('dm_control/cheetah-run-v0', 1)")
     assert made.returncode == 0, made.stderr
 
 

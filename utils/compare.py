@@ -13,11 +13,10 @@ the table of their environment.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 from utils.analysis.results import (
     RUNNING_FLAGS,
@@ -35,6 +34,7 @@ from utils.analysis.results import (
     warn,
     warn_of_mixed_flags,
 )
+from utils.command_line import Positional
 from utils.curves import styled
 from utils.flags import fail
 from utils.launch import run_command
@@ -53,7 +53,7 @@ SPARSITIES = {"sparsity", "actor_sparsity", "critic_sparsity"}
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], Positional]
     """folders of runs, or patterns of them in quotes"""
     out: Path = Path("comparison")
     """path of the figure, without .png and .pdf"""

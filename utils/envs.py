@@ -5,14 +5,16 @@ Vector environments are in Gymnasium's NEXT_STEP mode: the step after an episode
 first observation of the next episode and a reward of 0, and is not a transition.
 """
 
+import contextlib
 import ctypes.util
 import difflib
+import gc
 import importlib.util
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +38,12 @@ from gymnasium.wrappers import (
 )
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.flags import Diverged, RunFlags, fail, first_line
+from utils.flags import Diverged, RunFlags, fail, first_line, flag
 
 gym.register_envs(ale_py)
+# Pictures are drawn into memory only; without a screen, these would complain of its absence
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+warnings.filterwarnings("ignore", module="glfw")
 
 FRAME_SKIP, STACK, SCREEN = 4, 4, 84
 # labmaze, which dm-control asks for and the suite does without, has no wheel for Python 3.13
@@ -48,6 +53,7 @@ INSTALL_DM_CONTROL = (
     else "pip install shimmy dm-env lxml requests scipy 'mujoco<4' && pip install --no-deps dm-control"
 )
 INSTALL_RENDERER = "without a screen, MuJoCo renders with the Debian package libegl1 (GPU) or libosmesa6 (CPU)"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
 
 
@@ -115,13 +121,30 @@ def choose_renderer() -> None:
 
 def cannot_render(env_id: str) -> str | None:
     """None if an environment draws pictures on this machine, else what to try, in one line."""
+    with quiet_stderr():
+        problem = None
+        try:
+            env = gym.make(env_id, render_mode="rgb_array")
+            env.reset()
+            env.render()
+            env.close()
+        except Exception as error:  # every renderer has its own
+            problem = f"{env_id} cannot be drawn here ({first_line(error)}); {INSTALL_RENDERER}"
+        gc.collect()  # renderers that failed complain once more when they are freed
+    return problem
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Drops what is written to stderr, by libraries in C too."""
+    stderr = os.dup(2)
     try:
-        env = gym.make(env_id, render_mode="rgb_array")
-        env.reset()
-        env.render()
-        env.close()
-    except Exception as error:  # every renderer has its own
-        return f"{env_id} cannot be drawn here ({first_line(error)}); {INSTALL_RENDERER}"
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 class MinAtarImages(gym.ObservationWrapper):
@@ -140,6 +163,13 @@ class MinAtarImages(gym.ObservationWrapper):
         scale = max(1, 320 // picture.shape[0])
         picture = picture if picture.dtype == np.uint8 else (255 * picture).astype(np.uint8)
         return picture.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+class NoInfos(gym.Wrapper):
+    """Drops the infos of each step: simulators tell much that is not used here, and to batch it takes time."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return *self.env.step(action)[:4], {}
 
 
 class Pixels(NamedTuple):
@@ -184,11 +214,13 @@ def make_env(
         env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
-    if isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
-        one = env.action_space.dtype.type(1)
-        env = RescaleAction(env, -one, one)
+    actions = env.action_space
+    if isinstance(actions, gym.spaces.Box) and actions.is_bounded():
+        one = actions.dtype.type(1)
+        if (actions.low != -one).any() or (actions.high != one).any():  # to rescale nothing takes time as well
+            env = RescaleAction(env, -one, one)
     env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
-    return observe_pixels(env, pixels) if pixels else env
+    return NoInfos(observe_pixels(env, pixels) if pixels else env)
 
 
 def observe_pixels(env: gym.Env, pixels: Pixels) -> gym.Env:
@@ -278,6 +310,17 @@ class TrainingEnvs(VectorWrapper):
         infos["life_lost"], self.lives = lives < self.lives, lives
         return observation, reward, terminated, truncated, infos
 
+    def state_dict(self) -> dict:
+        """For checkpoints. Nothing, as a resumed run starts new episodes; but a dataset is brought up to date first, so
+        that it has every row that the checkpoint has."""
+        dataset = getattr(self.env, "writer", None)
+        if dataset:
+            dataset.flush()
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
     def _call(self, function: Callable, *args, **kwargs) -> tuple:
         try:
             return function(*args, **kwargs)
@@ -285,7 +328,7 @@ class TrainingEnvs(VectorWrapper):
             raise EnvironmentFailed(f"the environment failed: {type(error).__name__}: {first_line(error)}") from error
 
     def _check(self, what: str, values: np.ndarray) -> None:
-        if values.dtype != np.uint8 and not (np.abs(values) <= np.finfo(np.float32).max).all():  # NaN neither
+        if values.dtype != np.uint8 and not np.abs(values).max() <= FLOAT32_MAX:  # the maximum with a NaN is NaN
             raise EnvironmentFailed(f"the environment gave {what} that is not a finite float32 number")
 
 
@@ -316,8 +359,10 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
     except MemoryError:
         raise
     except Exception as error:  # of whatever library the environment needs
+        names = [name for name in keywords if name != "pixels"]
+        flags = ", ".join(f"{flag(name)} {keywords[name]}" for name in names)
         hint = f"; {INSTALL_RENDERER}" if "pixels" in keywords else ""
-        fail(f"--env-id: cannot make {args.env_id}: {first_line(error)}{hint}")
+        fail(f"--env-id: cannot make {args.env_id}{flags and f' with {flags}'}: {first_line(error)}{hint}")
     space, actions = envs.single_observation_space, envs.single_action_space
     actions_fit = isinstance(actions, action_space) and (
         isinstance(actions, gym.spaces.Discrete) or actions.is_bounded()

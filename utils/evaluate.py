@@ -11,11 +11,12 @@ come from resampling episodes: they describe these weights, not what another see
 import glob
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import tyro
 
 from utils.analysis.results import Model, human_normalised, iqm, load_model, summarise, warn
+from utils.command_line import Positional
 from utils.envs import EVALUATION_SEED, atari_game, evaluate
 from utils.flags import fail
 from utils.launch import run_command
@@ -23,7 +24,7 @@ from utils.launch import run_command
 
 @dataclass
 class Args:
-    models: tyro.conf.Positional[tuple[Path, ...]]
+    models: Annotated[tuple[Path, ...], Positional]
     """folders of runs, or their model.pt, or patterns of them in quotes"""
     episodes: int = 100
     """episodes to play with each model"""

@@ -1,12 +1,11 @@
 """Command-line flags: those that every script inherits, what values a flag accepts, and one-line errors."""
 
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, NamedTuple, TypeVar, get_args, get_type_hints
 
-import tyro
+from utils.command_line import fail, flag, given_flags, make_parser
 
 ArgsT = TypeVar("ArgsT", bound="RunFlags")
 
@@ -17,17 +16,6 @@ class InputError(Exception):
 
 class Diverged(Exception):
     """A loss, a value, an action or a weight is no longer finite."""
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def flag(name: str) -> str:
-    """How the field `name` is spelled on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 class Range(NamedTuple):
@@ -57,6 +45,7 @@ PositiveFraction = Annotated[float, Range("a number in (0, 1]", lambda x: 0 < x 
 class RunFlags:
     """Flags that say how to run a script, and change nothing of what it learns."""
 
+    # Running
     device: str = "auto"
     """device to train on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     cuda_graph: bool = True
@@ -92,9 +81,11 @@ def check_flags(args: RunFlags) -> None:
     """Ends the program with one line unless every flag is within the range that its type annotation gives."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value is None:
+        if value is None or value == getattr(type(args), name, None) == "":
             continue
-        expect(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+        expect(args, name, value != "", "a text that is not empty")
+        expect(args, name, not isinstance(value, int) or abs(value) <= 2**53, "an integer of at most 2^53")
+        expect(args, name, not isinstance(value, float) or abs(value) < 2**127, "a finite float32 number")
         for rule in rules_of(hint):
             if isinstance(rule, Range):
                 expect(args, name, rule.accepts(value), rule.expected)
@@ -108,7 +99,8 @@ def check_flags(args: RunFlags) -> None:
 def expect(args: object, name: str, ok: bool, expected: str) -> None:
     """Ends the program unless `ok`, naming the flag of the field `name`, what it takes and what it got."""
     if not ok:
-        fail(f"{flag(name)}: expected {expected}, got {getattr(args, name)}")
+        value = getattr(args, name)
+        fail(f"{flag(name)}: expected {expected}, got {value or repr(value)}")
 
 
 def rules_of(hint: object) -> list:
@@ -117,7 +109,7 @@ def rules_of(hint: object) -> list:
     return own + [rule for part in get_args(hint) for rule in rules_of(part)]
 
 
-def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: list[str] | None = None) -> ArgsT:
+def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: Sequence[str] | None = None) -> ArgsT:
     """The command line as `args_class`. A flag that is not given has, in this order: the value in the checkpoint that
     `--resume` names; the value in `preset(args)`; the default in the class.
 
@@ -126,16 +118,16 @@ def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: l
         argv: instead of `sys.argv[1:]`; makes a preset available to a notebook.
     """
     argv = sys.argv[1:] if argv is None else argv
-    wants_help = {"-h", "--help"} & set(argv)
-    given = [word for word in argv if word not in ("-h", "--help")]
-    args = tyro.cli(args_class, args=given)
-    if args.resume is not None:
-        return resumed_args(args_class, args, given)
-    changed: dict = {}
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    given = given_flags(args_class, [word for word in argv if word not in ("-h", "--help")])
+    args, changed = args_class(**given), {}
+    if args.resume is not None and not wants_help:
+        return resumed_args(args, given)
     while (values := preset(args)) != changed:  # a preset may set a flag that asks for another preset
-        args, changed = tyro.cli(args_class, args=given, default=replace(args_class(), **values)), values
-    if wants_help:  # shows the defaults of this very command line
-        tyro.cli(args_class, args=argv, default=replace(args_class(), **changed))
+        args, changed = args_class(**values | given), values
+    if wants_help:  # with the defaults of this very command line
+        make_parser(args_class, args).print_help()
+        raise SystemExit(0)
     check_flags(args)
     if changed:
         used = {name: value for name, value in changed.items() if getattr(args, name) == value}
@@ -143,15 +135,15 @@ def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: l
     return args
 
 
-def resumed_args(args_class: type[ArgsT], args: ArgsT, argv: list[str]) -> ArgsT:
-    """The flags of the run that `args.resume` continues, with those in `argv` that a resumed run may change."""
+def resumed_args(args: ArgsT, given: dict) -> ArgsT:
+    """The flags of the run that `args.resume` continues, with those `given` that a resumed run may change."""
     from utils.checkpoints import load_checkpoint
 
     saved = load_checkpoint(args.resume)["args"]
-    names = {field.name for field in fields(args_class)}
+    names = {field.name for field in fields(args)}
     if set(saved) != names:
         fail(f"--resume: {args.resume} was written by another version of the script: it has other flags")
-    args = tyro.cli(args_class, args=argv, default=args_class(**saved))
+    args = replace(args, **saved | given)
     for name in names - RESUMABLE:
         if getattr(args, name) != saved[name]:
             fail(f"{flag(name)}: a resumed run keeps {saved[name]}, got {getattr(args, name)}")

@@ -8,8 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import tyro
-
+from utils.command_line import given_flags
 from utils.envs import EnvironmentFailed
 from utils.flags import ArgsT, Diverged, InputError, fail, first_line, parse_args
 from utils.runs import Run
@@ -48,7 +47,9 @@ def protect_output() -> None:
         setattr(sys, name, SafeStream(stream))
 
 
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|Storage size calculation overflow", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Storage size calculation overflow|allowed dimension exceeded", re.IGNORECASE
+)
 
 
 def launch(main: Callable[[ArgsT], object], args_class: type[ArgsT], preset: Callable[[ArgsT], dict]) -> None:
@@ -62,7 +63,7 @@ def launch(main: Callable[[ArgsT], object], args_class: type[ArgsT], preset: Cal
 
 def run_command(main: Callable[[Any], object], args_class: type) -> None:
     """`launch` for the commands in `utils`, such as `python -m utils.plot`."""
-    run_program(lambda: main(tyro.cli(args_class)))
+    run_program(lambda: main(args_class(**given_flags(args_class, sys.argv[1:]))))
 
 
 def run_program(program: Callable[[], object]) -> None:

@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 from utils.analysis.results import (
     RUNNING_FLAGS,
@@ -28,6 +28,7 @@ from utils.analysis.results import (
     warn,
     warn_of_mixed_flags,
 )
+from utils.command_line import Positional
 from utils.curves import WINDOW, evaluation_means, smooth_curve, styled
 from utils.flags import fail
 from utils.launch import run_command
@@ -49,7 +50,7 @@ def draw(axes: plt.Axes, groups: dict[str, list[np.ndarray]], steps: float) -> N
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], Positional]
     """folders of runs, or patterns of them in quotes"""
     by: str = "method"
     """flags that tell runs apart, separated by commas; "script" is one too. Runs that agree in them are averaged"""

@@ -120,10 +120,10 @@ class Replay:
         row, following = self.added % self.length, (self.added + 1) % self.length
         self.frames[row] = observation[:, -self.frame_channels :]
         self.frames[following] = next_observation[:, -self.frame_channels :]
-        self.action[row] = self._to_device(action)
+        self._write(self.action, row, action)
         self.is_start[row] = ~self.just_ended
         self.now_age = np.where(self.just_ended, 0, np.minimum(self.now_age + 1, self.stack - 1)).astype(np.uint8)
-        self.age[following] = self._to_device(self.now_age)
+        self._write(self.age, following, self.now_age)
         self.just_ended = np.array(end)
         return self._advance(reward, terminal, end)
 
@@ -138,13 +138,13 @@ class Replay:
         played = stop.cumsum(axis=0) == stop  # (n, num_envs): no stop before this step
         steps = played.sum(axis=0)  # m
         row = (self.added - self.n_step) % self.length  # a negative one is written again before it is ever drawn
-        self.reward[row] = self._to_device((reward * self.discounts[:-1, None] * played).sum(axis=0))
-        self.discount[row] = self._to_device(self.discounts[steps] * (1 - (terminal * played).max(axis=0)))
-        self.ahead[row] = self._to_device(steps * self.num_envs)
+        self._write(self.reward, row, (reward * self.discounts[:-1, None] * played).sum(axis=0))
+        self._write(self.discount, row, self.discounts[steps] * (1 - (terminal * played).max(axis=0)))
+        self._write(self.ahead, row, steps * self.num_envs)
 
         entered, dropped = self._starts_in(self.added - self.n_step), self._starts_in(self.added - self.rows - 1)
         place = (self.queue_first + self.queue_count + np.arange(len(entered))) % len(self.starts)
-        self.starts[self._to_device(place)] = self._to_device(entered)
+        self._write(self.starts, place, entered)
         self.queue_first = (self.queue_first + len(dropped)) % len(self.starts)
         self.queue_count += len(entered) - len(dropped)
         self.first.fill_(self.queue_first)
@@ -187,8 +187,13 @@ class Replay:
             frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
         return frames.flatten(1, 2)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(array).to(self.device, non_blocking=True)
+    def _write(self, ring: torch.Tensor, where: int | np.ndarray, values: np.ndarray) -> None:
+        """ring[where] = values, without making the host wait."""
+        if self.device.type == "cpu":
+            ring.numpy()[where] = values  # a tenth of the time that indexing a tensor takes
+        else:
+            where = where if isinstance(where, int) else torch.as_tensor(where).to(self.device, non_blocking=True)
+            ring[where] = torch.as_tensor(values).to(self.device, non_blocking=True)
 
     def end_episodes(self) -> tuple[np.ndarray, np.ndarray]:
         """Ends the running episodes as truncated: the environments are about to be reset from outside.

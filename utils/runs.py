@@ -1,6 +1,7 @@
 """A run's notebook: its folder, logs, progress line, checkpoints and end; and the entry point of every script."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -52,9 +53,9 @@ def choose_device(args: RunFlags) -> torch.device:
     if device.type == "cuda":
         print(f"device: {torch.cuda.get_device_name(device)}")
     else:
-        print(
-            f"device: CPU, {torch.get_num_threads()} threads (with several runs at once, OMP_NUM_THREADS=1 is fastest)"
-        )
+        threads = torch.get_num_threads()
+        hint = "one thread" if threads == 1 else f"{threads} threads (for several runs at once: OMP_NUM_THREADS=1)"
+        print(f"device: CPU, {hint}")
     return device
 
 
@@ -132,9 +133,11 @@ class Run:
         earlier_seconds = 0.0
         if args.resume:
             self.folder = Path(args.resume).resolve().parent
+            self.lock = lock_folder(self.folder)
             earlier_seconds = self._restore(load_checkpoint(args.resume))
         else:
             self.folder = new_folder(Path(args.runs_dir).expanduser(), args.env_id, self.script.stem, args.seed)
+            self.lock = lock_folder(self.folder)
         self.log_every = max(100, self.total // 1_000)
         self.latest_return, self.failed_logs = math.nan, set()
         if wandb:
@@ -183,7 +186,8 @@ class Run:
                 shutil.copyfile(self.script, self.folder / self.script.name)
             self.files = {}
             for name in CSV_HEADERS:
-                drop_rows_after(self.step, self.folder / name)
+                final = name == "evaluations.csv" and self.step >= self.total  # the final evaluation is played again
+                drop_rows_after(self.step - final, self.folder / name)
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
         except OSError as error:
             fail(f"--runs-dir: cannot write to {self.folder}: {error.strerror or error}")
@@ -284,8 +288,13 @@ class Run:
         self._try("TensorBoard", self.writer.add_scalar, "charts/episodic_length", length, self.step)
         self._row("episodes.csv", self.step, f"{episodic_return:g}", length)
 
-    def evaluate(self, policy: Policy, video_folder: Path | None = None) -> np.ndarray:
-        """Plays `--eval-episodes` episodes, the same ones at each call, and logs them; returns (episodes,) returns."""
+    def evaluate(self, policy: Policy) -> None:
+        """Plays `--eval-episodes` episodes, the same ones at each call, and logs them; not after the last step, since
+        `finish` does so."""
+        if self.step < self.total:
+            self._evaluate(policy)
+
+    def _evaluate(self, policy: Policy, video_folder: Path | None = None) -> np.ndarray:
         seed = self.args.seed + EVALUATION_SEED
         returns, lengths = evaluate(self.args, policy, self.args.eval_episodes, seed, video_folder)
         for episode, (value, length) in enumerate(zip(returns, lengths)):
@@ -326,6 +335,7 @@ class Run:
         self._try("TensorBoard", self.writer.close)
         for name, file in self.files.items():
             self._try(name, file.close)
+        os.close(self.lock)
         Run.open.remove(self)
         if not Run.open:
             stop_signal.restore()
@@ -390,7 +400,7 @@ class Run:
             raise SystemExit(128 + number)
         stop_signal.immediate = f"stopped: {saved}"
         print(f"playing {self.args.eval_episodes} episodes with the final network")
-        returns = self.evaluate(policy, self.folder / "videos" if self.args.capture_video else None)
+        returns = self._evaluate(policy, self.folder / "videos" if self.args.capture_video else None)
         self._try("curve.png", self._draw_curve)
         self.close()
         print(f"model.pt, curve.png and the logs are in {os.path.relpath(self.folder)}")
@@ -435,6 +445,18 @@ def new_folder(runs_dir: Path, env_id: str, script: str, seed: int) -> Path:
             number += 1
         except OSError as error:
             fail(f"--runs-dir: cannot write to {folder}: {error.strerror}")
+
+
+def lock_folder(folder: Path) -> int:
+    """Locks a run's folder for this process; closing the file descriptor, or the process's end, unlocks it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--resume: another process is writing to {os.path.relpath(folder)}")
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def drop_rows_after(step: int, path: Path) -> None:

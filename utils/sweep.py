@@ -22,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 from utils import cells as grid
 from utils.analysis.results import import_file, warn
 from utils.cells import Cell
 from utils.checkpoints import write_atomically
+from utils.command_line import Positional, known_flags
 from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_flags, fail, first_line
 from utils.launch import run_program
 from utils.runs import versions
@@ -45,7 +45,7 @@ DIE_WITH_PARENT = (
 class Args:
     """Flags that are not listed here go to the script; with several values, one becomes an axis of the grid."""
 
-    script: tyro.conf.Positional[Path]
+    script: Annotated[Path, Positional]
     """the training script, ours or a fork"""
     out: Path
     """folder of the sweep, on a disk that all machines share"""
@@ -355,7 +355,11 @@ def main(args: Args, words: list[str]) -> None:
 
 
 def run_from_command_line(main: Callable[[Args, list[str]], None]) -> None:
-    run_program(lambda: main(*tyro.cli(Args, return_unknown_args=True, description=__doc__)))
+    def program() -> None:
+        given, words = known_flags(Args, sys.argv[1:])
+        main(Args(**given), words)
+
+    run_program(program)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def find_transitions(rows: Rows, stack: int, n_step: int, gamma: float) -> Trans
     running, terminated = np.ones(len(row), dtype=bool), np.zeros(len(row), dtype=bool)
     for _ in range(n_step):
         running &= ~no_next[next_row]
+        if not running.any():
+            break
         reward += np.where(running, discount * rows.reward[next_row], 0)
         terminated |= running & terminal[next_row]
         running &= ~terminal[next_row]

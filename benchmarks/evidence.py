@@ -1,0 +1,200 @@
+"""Published results: small per-seed data of finished runs, and the figures and tables that are made from it.
+
+    python benchmarks/evidence.py collect "sweeps/minatar/*/*" --out results/minatar.csv
+    python benchmarks/evidence.py draw                 # all figures of docs/evidence.md again, tables to stdout
+
+A row of the csv file is a fiftieth of a run: the mean return of the training episodes that ended in it. The last row of
+a run also has the mean return of its final evaluation. A run's score is its mean over the last tenth of training.
+"""
+
+import argparse
+import csv
+import itertools
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils.analysis.results import LoggedRun, find_runs, warn  # noqa: E402
+from utils.analysis.statistics import bootstrap, mean  # noqa: E402
+from utils.compare import OTHER, STYLES  # noqa: E402
+from utils.curves import styled  # noqa: E402
+
+STRETCHES = 50  # of a run
+COLUMNS = ("script", "env_id", "method", "sparsity", "width", "bias", "seed", "step", "return", "evaluation")
+
+
+class Cell(NamedTuple):
+    """What runs that differ in their seeds alone have in common."""
+
+    method: str
+    sparsity: float
+    width: int
+    bias: bool
+
+    @property
+    def name(self) -> str:
+        name = "dense" if self.method == "dense" else f"{self.method} {self.sparsity:g}"
+        return name if self.bias else f"{name} without biases"
+
+
+class Curve(NamedTuple):
+    """One run: mean returns (n,) at the ends of its stretches (n,), and of its final evaluation."""
+
+    step: np.ndarray
+    value: np.ndarray
+    evaluation: float
+
+    @property
+    def score(self) -> float:
+        """Mean return in the last tenth of training."""
+        return float(np.nanmean(self.value[self.step > 0.9 * self.step[-1]]))
+
+
+# ---- Collecting ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(run: LoggedRun, steps: int) -> list[list]:
+    """The rows of the first steps of one run; a stretch in which no episode ended has no row."""
+    args, rows = run.args, []
+    key = (
+        args["script"],
+        args["env_id"],
+        args["method"],
+        0.0 if args["method"] == "dense" else args["sparsity"],
+        args["width"],
+        int(args.get("bias", True)),
+        args["seed"],
+    )
+    returns, ends = run.returns(), np.linspace(0, steps, STRETCHES + 1)
+    for begin, end in itertools.pairwise(ends):
+        inside = returns[(returns[:, 0] > begin) & (returns[:, 0] <= end), 1]
+        if len(inside):
+            rows.append([*key, int(end), f"{inside.mean():.4g}", ""])
+    evaluations = run.evaluations
+    if rows and len(evaluations) and steps == run.total_steps:
+        rows[-1][-1] = f"{evaluations[evaluations[:, 0] == evaluations[-1, 0], 2].mean():.4g}"
+    return rows
+
+
+def collect(patterns: list[str], out: Path, steps: int | None) -> None:
+    """`steps`: of each run take these first ones only; None takes whole runs."""
+    rows = []
+    for run in find_runs(patterns):
+        if run.finished or (steps and len(run.episodes) and run.episodes[-1, 0] >= steps):
+            rows += rows_of(run, steps or run.total_steps)
+        else:
+            warn(f"{run.folder} has not come so far; left out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted(rows, key=lambda row: (*row[:7], row[7]))])
+    print(f"wrote {out}: {len(rows)} rows")
+
+
+# ---- Drawing ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[tuple[str, str], dict[Cell, dict[int, Curve]]]:
+    """For each script and environment, the curves of each cell by seed."""
+    points = defaultdict(list)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            cell = Cell(row["method"], float(row["sparsity"]), int(row["width"]), row["bias"] == "1")
+            value = (int(row["step"]), float(row["return"]), float(row["evaluation"] or "nan"))
+            points[(row["script"], row["env_id"]), cell, int(row["seed"])].append(value)
+    tasks: dict = {}
+    for (task, cell, seed), rows in points.items():
+        step, value, evaluation = np.array(rows).T
+        tasks.setdefault(task, {}).setdefault(cell, {})[seed] = Curve(step, value, evaluation[-1])
+    return tasks
+
+
+def table(cells: dict[Cell, dict[int, Curve]]) -> str:
+    """Markdown: the score of each cell with the 95 % bootstrap interval of its mean, and of each run."""
+    lines = [
+        "| method | width | runs | score [95 % interval] | each run | final evaluation |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    for cell in in_order(cells):
+        curves = [cells[cell][seed] for seed in sorted(cells[cell])]
+        scores = np.array([curve.score for curve in curves])
+        estimate = bootstrap(mean, [scores])
+        shown = f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
+        each = ", ".join(f"{score:.4g}" for score in scores)
+        evaluation = f"{np.mean([curve.evaluation for curve in curves]):.4g}"
+        lines.append(f"| {cell.name} | {cell.width} | {len(scores)} | {shown} | {each} | {evaluation} |")
+    return "\n".join(lines)
+
+
+def in_order(cells: dict[Cell, dict[int, Curve]]) -> list[Cell]:
+    methods = [*STYLES]
+    return sorted(cells, key=lambda cell: (methods.index(cell.method), cell.sparsity, not cell.bias, cell.width))
+
+
+@styled
+def draw(tasks: dict, out: Path) -> None:
+    """A row of panels for each task: score against width with a dot for each run, and learning curves."""
+    figure, panels = plt.subplots(len(tasks), 2, figsize=(11, 4 * len(tasks)), squeeze=False)
+    for (left, right), ((script, env_id), cells) in zip(panels, tasks.items()):
+        widths = sorted({cell.width for cell in cells})
+        lines = list(dict.fromkeys(cell._replace(width=0) for cell in in_order(cells)))
+        for number, line in enumerate(lines):
+            color, marker = STYLES.get(line.method, OTHER)
+            own = [cell for cell in in_order(cells) if cell._replace(width=0) == line]
+            same_method = [other for other in lines if other.method == line.method]
+            style = ("-", "--", ":", "-.")[same_method.index(line) % 4]
+            offset = 0.5 / len(lines) * (number - (len(lines) - 1) / 2)  # side by side
+            middles, places = [], []
+            for cell in own:
+                scores = np.array([curve.score for curve in cells[cell].values()])
+                places.append(widths.index(cell.width) + offset)
+                middles.append(bootstrap(mean, [scores]))
+                left.plot([places[-1]] * len(scores), scores, ".", color=color, alpha=0.4, markersize=5)
+                step = next(iter(cells[cell].values())).step
+                curves = np.array([np.interp(step, c.step, c.value) for c in cells[cell].values()])
+                thickness = 0.8 + 1.6 * widths.index(cell.width) / max(1, len(widths) - 1)
+                label = f"{cell.name}, width {cell.width}"
+                right.plot(step, curves.mean(0), style, color=color, linewidth=thickness, label=label)
+            value, low, high = np.array(middles).T
+            error = np.maximum([value - low, high - value], 0)
+            left.errorbar(places, value, error, color=color, marker=marker, linestyle=style, capsize=3, label=line.name)
+        left.set_xticks(range(len(widths)), [str(width) for width in widths])
+        left.set(title=f"{script} on {env_id}", xlabel="width", ylabel="return, last tenth of training")
+        right.set(xlabel="agent steps", ylabel="return")
+        right.xaxis.set_major_formatter("{x:,.0f}")
+        left.legend(fontsize="small")
+        right.legend(fontsize="x-small", ncols=2)
+    figure.savefig(out)
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect", help="write the data of finished runs to a csv file")
+    collecting.add_argument("runs", nargs="+", help="folders of runs, or patterns of them in quotes")
+    collecting.add_argument("--out", type=Path, required=True)
+    collecting.add_argument("--steps", type=int, help="of each run take these first steps, even if it is not finished")
+    commands.add_parser("draw", help="draw docs/evidence_<name>.png from every results/<name>.csv, and print tables")
+    args = parser.parse_args()
+    if args.command == "collect":
+        collect(args.runs, args.out, args.steps)
+        return
+    for path in sorted((ROOT / "results").glob("*.csv")):
+        tasks = read(path)
+        draw(tasks, ROOT / "docs" / f"evidence_{path.stem}.png")
+        for (script, env_id), cells in tasks.items():
+            print(f"\n{path.stem}: {script} on {env_id}\n\n{table(cells)}\n")
+
+
+if __name__ == "__main__":
+    main()
