@@ -370,9 +370,14 @@ def epsilon_greedy(
     return action if explore.all() else np.where(explore, action, greedy().cpu().numpy())
 
 
+def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
+    """What `utils.export` writes: observations (n, *obs shape) -> Q (n, A)."""
+    return networks["q_network"]
+
+
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
     """The policy of evaluations and videos: epsilon-greedy with `eval_epsilon`."""
-    q_network = networks["q_network"]
+    q_network = make_greedy(args, networks)
     device = next(q_network.parameters()).device
 
     @torch.inference_mode()

@@ -288,7 +288,7 @@ class IQN(nn.Module):
     def forward(self, x: torch.Tensor, tau: torch.Tensor | None = None) -> torch.Tensor:
         """Quantiles (B, N, A) at the fractions `tau` (B, N) in [0, 1], or at the midpoints of 32 equal intervals."""
         if tau is None:
-            tau = (torch.arange(32, device=x.device) + 0.5).expand(len(x), 32) / 32
+            tau = (torch.arange(32, device=x.device) + 0.5).expand(x.shape[0], 32) / 32
         x = self.torso(x)  # (B, features)
         order = torch.arange(1, self.embedding.in_features + 1, device=x.device)
         cosines = torch.cos(math.pi * order * tau[..., None])  # (B, N, C)
@@ -476,6 +476,22 @@ def epsilon_greedy(
     explore = rng.random(num_envs) < epsilon
     action = rng.integers(n_actions, size=num_envs)
     return action if explore.all() else np.where(explore, action, greedy().cpu().numpy())
+
+
+class MeanQuantiles(nn.Module):
+    """Q(s, a): the mean of the quantiles, at fixed fractions."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *obs shape) -> (B, A)
+        return self.network(x).mean(1)
+
+
+def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
+    """What `utils.export` writes: observations (n, *obs shape) -> Q (n, A). It draws no fractions at random."""
+    return MeanQuantiles(networks["q_network"])
 
 
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:

@@ -471,15 +471,32 @@ def without_noise(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval()
 
 
+class QValues(nn.Module):
+    """A network, and the means of its distributions."""
+
+    def __init__(self, network: nn.Module, support: torch.Tensor | None) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("support", support)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *obs shape) -> (B, A)
+        return q_values(self.network(x), self.support)
+
+
+def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
+    """What `utils.export` writes: observations (n, *obs shape) -> Q (n, A)."""
+    q_network = networks["q_network"]
+    return QValues(q_network, make_support(args, next(q_network.parameters()).device))
+
+
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
     """The policy of evaluations and videos: epsilon-greedy with `eval_epsilon`."""
-    q_network = without_noise(networks["q_network"])
-    device = next(q_network.parameters()).device
-    support = make_support(args, device)
+    greedy_network = make_greedy(args, {"q_network": without_noise(networks["q_network"])})
+    device = next(greedy_network.parameters()).device
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, *obs shape) -> (n,)
-        q = q_values(q_network(to_device(obs, device)), support)  # (n, A)
+        q = greedy_network(to_device(obs, device))  # (n, A)
         greedy = q.argmax(1).tolist()
         explore = [rng.random() < args.eval_epsilon for rng in rngs]
         return np.array([rng.integers(q.shape[1]) if e else a for a, e, rng in zip(greedy, explore, rngs)])

@@ -402,14 +402,30 @@ def discount_for(episode_steps: float | None) -> float:
     return min(max((horizon - 1) / horizon, 0.95), 0.995)
 
 
+class Greedy(nn.Module):
+    """The actor's mode, for observations as the environment gives them."""
+
+    def __init__(self, actor: nn.Module, normalise: nn.Module) -> None:
+        super().__init__()
+        self.actor, self.normalise = actor, normalise
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:  # (B, D) -> (B, A)
+        return self.actor.mode(self.normalise(obs))
+
+
+def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
+    """What `utils.export` writes: observations (n, D) -> actions in [-1, 1] (n, A)."""
+    return Greedy(networks["actor"], networks["rsnorm"] if args.rsnorm else nn.Identity())
+
+
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
     """The policy of evaluations and videos: the actor's mode."""
-    actor, normalise = networks["actor"], networks["rsnorm"] if args.rsnorm else nn.Identity()
-    device = next(actor.parameters()).device
+    greedy = make_greedy(args, networks)
+    device = next(networks["actor"].parameters()).device
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, D) -> (n, A)
-        return actor.mode(normalise(to_device(obs, device))).cpu().numpy()
+        return greedy(to_device(obs, device)).cpu().numpy()
 
     return policy
 

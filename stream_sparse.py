@@ -393,13 +393,33 @@ def epsilon_greedy(q: np.ndarray, epsilons: np.ndarray, rngs: list[np.random.Gen
     return np.array([r.integers(q.shape[1]) if e else a for a, e, r in zip(q.argmax(1), explore, rngs)])
 
 
+class Greedy(nn.Module):
+    """A network behind `features`: Q-values (n, A), preferences (n, A), or mean actions (n, A) in [-1, 1]."""
+
+    def __init__(self, network: nn.Module, statistics: nn.Module, limit: float, continuous: bool) -> None:
+        super().__init__()
+        self.network, self.statistics, self.limit, self.continuous = network, statistics, limit, continuous
+
+    def forward(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
+        time = (elapsed.double() - 1).clamp(min=0)[:, None] / self.limit - 0.5  # as in training: see `main`
+        normal = (obs - self.statistics.mean) / (self.statistics.variance + 1e-8).sqrt()
+        output = self.network(torch.cat([normal, time], 1).to(torch.get_default_dtype()))
+        return output.chunk(2, 1)[0].clamp(-1, 1) if self.continuous else output
+
+
+def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
+    """What `utils.export` writes: observations (n, obs) and steps since the episode's start (n,), see `Greedy`."""
+    network = networks["q_network" if args.algorithm == "q" else "actor"]
+    continuous = args.algorithm == "ac" and not network.discrete
+    return Greedy(network, networks["statistics"], time_limit(args.env_id), continuous)
+
+
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
     """The policy of evaluations and videos: the actor's mode, or epsilon-greedy with `eval_epsilon`.
 
     It counts an episode's steps for the time feature; a new generator in `rngs` means a new episode in that row.
     """
-    mean, variance = (networks["statistics"].get_buffer(name).numpy() for name in ("mean", "variance"))
-    limit, elapsed, seen = time_limit(args.env_id), np.zeros(0), []
+    network, elapsed, seen = make_greedy(args, networks), np.zeros(0), []
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, obs) -> (n,) or (n, A)
@@ -407,11 +427,10 @@ def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
         same = [i < len(seen) and rng is seen[i] for i, rng in enumerate(rngs)]
         elapsed = np.array([elapsed[i] + 1 if s else 0 for i, s in enumerate(same)])
         seen = list(rngs)
-        x = features(obs, mean, variance, np.maximum(elapsed - 1, 0), limit)  # as in training: see `main`
+        output = network(torch.from_numpy(obs), torch.from_numpy(elapsed)).numpy()
         if args.algorithm == "q":
-            return epsilon_greedy(networks["q_network"](x).numpy(), np.full(len(x), args.eval_epsilon), rngs)
-        output = networks["actor"](x)
-        return output.argmax(1).numpy() if networks["actor"].discrete else output.chunk(2, 1)[0].clamp(-1, 1).numpy()
+            return epsilon_greedy(output, np.full(len(obs), args.eval_epsilon), rngs)
+        return output if network.continuous else output.argmax(1)
 
     return policy
 

@@ -1,6 +1,7 @@
 """Golden runs: every script with every method trains to the same weights as when these numbers were recorded.
 
-They guard refactors. A change that is meant to alter learning records them anew, in a commit that says so:
+They guard refactors. A change that is meant to alter learning records them anew, in a commit that says so;
+test_docs.py then names the published results that rest on the old ones:
 
     PYTHONPATH=.:tests python tests/test_golden.py                # all, or only those named: drq_sparse ...
 """

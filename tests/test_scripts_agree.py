@@ -13,6 +13,7 @@ DIFFERENT = {  # and why
     "td_loss": "a loss of its own",
     "make_networks": "heads as that loss needs them",
     "make_policy": "the policy of these networks",
+    "make_greedy": "the same, as a module",
     "make_support": "without C51 there is none",
     "q_values": "without C51 the outputs are the values",
     "init_weights": "noisy layers, and Dopamine's initialisation of each agent",

@@ -29,12 +29,12 @@ def save_atomically(content: dict, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(text: str, path: Path) -> None:
-    """Replaces a text file: a kill or a full disk leaves the old one."""
+def write_atomically(content: str | bytes, path: Path) -> None:
+    """Replaces a file: a kill or a full disk leaves the old one."""
     partial = path.with_name(path.name + ".part")
     try:
-        with partial.open("w") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -52,8 +52,8 @@ INSTALL_DM_CONTROL = (
     if sys.version_info < (3, 13)
     else "pip install shimmy dm-env lxml requests scipy 'mujoco<4' && pip install --no-deps dm-control"
 )
-INSTALL_RENDERER = "without a screen, MuJoCo renders with the Debian package libegl1 (GPU) or libosmesa6 (CPU)"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+INSTALL_RENDERER = "without a screen, MuJoCo renders with the Debian package libegl1 (GPU) or libosmesa6 (CPU)"
 MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
 
 
@@ -216,12 +216,17 @@ def make_env(
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
     actions = env.action_space
-    if isinstance(actions, gym.spaces.Box) and actions.is_bounded():
+    if isinstance(actions, gym.spaces.Box) and is_bounded(actions):
         one = actions.dtype.type(1)
         if (actions.low != -one).any() or (actions.high != one).any():  # to rescale nothing takes time as well
             env = RescaleAction(env, -one, one)
-    env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
-    return NoInfos(observe_pixels(env, pixels) if pixels else env)
+    env = NoInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
+    return observe_pixels(env, pixels) if pixels else env
+
+
+def is_bounded(space: gym.spaces.Box) -> bool:
+    """Whether it has dimensions, and each has bounds that differ."""
+    return space.low.size > 0 and space.is_bounded() and bool((space.low < space.high).all())
 
 
 def observe_pixels(env: gym.Env, pixels: Pixels) -> gym.Env:
@@ -360,13 +365,13 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
     except MemoryError:
         raise
     except Exception as error:  # of whatever library the environment needs
-        names = [name for name in keywords if name != "pixels"]
-        flags = ", ".join(f"{flag(name)} {keywords[name]}" for name in names)
+        flags = ", ".join(f"{flag(name)} {value}" for name, value in keywords.items() if name != "pixels")
         hint = f"; {INSTALL_RENDERER}" if "pixels" in keywords else ""
         fail(f"--env-id: cannot make {args.env_id}{flags and f' with {flags}'}: {first_line(error)}{hint}")
     space, actions = envs.single_observation_space, envs.single_action_space
     actions_fit = isinstance(actions, action_space) and (
-        isinstance(actions, gym.spaces.Discrete) or actions.is_bounded()
+        isinstance(actions, gym.spaces.Discrete)
+        or (len(actions.shape) == 1 and actions.dtype.kind == "f" and is_bounded(actions))
     )
     is_image = atari_game(args.env_id) or is_minatar(args.env_id) or "pixels" in keywords
     if not actions_fit or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not is_image):
