@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load, run_main, run_script
+from conftest import load, run_main, run_python, run_script
 from gymnasium.spaces import Box
 from scipy.stats import chisquare, kstest
 
@@ -524,7 +524,7 @@ def test_without_a_renderer_the_packages_are_named(tmp_path):
         pytest.skip("DeepMind Control is not installed")
     code = "import os, sys; os.environ['MUJOCO_GL'] = 'off'; import drq_sparse as d; "
     code += f"d.main(d.Args(env_id='dm_control/hopper-hop-v0', device='cpu', runs_dir={str(tmp_path)!r}))"
-    ended = run_script("-c", code)
+    ended = run_python("-c", code)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("error: --env-id: ")
     assert "libosmesa6" in ended.stderr and "libegl1" in ended.stderr and not list(tmp_path.iterdir())
@@ -553,7 +553,7 @@ def test_deepmind_control_as_in_drqv2():
         envs.close()
     print(f"no renderer: {problem}" if problem else (frames[0] != frames[1]).mean() > 0.5)
     """
-    ended = run_script("-c", textwrap.dedent(code))
+    ended = run_python("-c", textwrap.dedent(code))
     assert ended.returncode == 0, ended.stderr
     if "no renderer" in ended.stdout:
         pytest.skip(ended.stdout.strip())

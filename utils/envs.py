@@ -211,7 +211,8 @@ def make_env(
     if is_minatar(env_id):
         env = MinAtarImages(env)
     if video_folder:
-        env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame
+        first = 1 if pixels else 0  # AddRenderObservation resets the environment once to see a frame
+        env = RecordVideo(env, video_folder, lambda episode: episode >= first)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
     actions = env.action_space
