@@ -365,14 +365,19 @@ def linear_schedule(start: float, end: float, progress: float) -> float:
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
+def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
+    """What `utils.export` writes: observations (n, C, H, H) -> actions in [-1, 1] (n, A)."""
+    return nn.Sequential(networks["encoder"], networks["actor"])
+
+
 def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
     """The policy of evaluations and videos: the actor's action, without noise."""
-    encoder, actor = networks["encoder"], networks["actor"]
-    device = next(actor.parameters()).device
+    greedy = make_greedy(args, networks)
+    device = next(greedy.parameters()).device
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, C, H, H) -> (n, A)
-        return actor(encoder(to_device(obs, device))).cpu().numpy()
+        return greedy(to_device(obs, device)).cpu().numpy()
 
     return policy
 
