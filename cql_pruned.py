@@ -479,7 +479,7 @@ def main(args: Args) -> np.ndarray:
     stack = stack_size(args.env_id)
     rows = read_dataset(args.dataset, obs_space, stack, args.data_fraction, args.data_seed)
     replay = OfflineReplay(rows, stack, args.n_step, args.gamma, device)
-    print(f"dataset: {len(replay):,} transitions from {len(rows.first)} chunks, frames on {replay.device.type}")
+    print(f"dataset: {len(replay):,} transitions in {len(rows.first)} chunk(s), frames on {replay.device.type}")
     largest = int(replay.action.max())
     expect(args, "env_id", largest < action_space.n, f"an environment with more than {largest} actions, as in the data")
 

@@ -129,7 +129,8 @@ def table(cells: dict[Cell, dict[int, Curve]]) -> str:
         estimate = bootstrap(mean, [scores])
         shown = f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
         each = ", ".join(f"{score:.4g}" for score in scores)
-        evaluation = f"{np.mean([curve.evaluation for curve in curves]):.4g}"
+        evaluation = np.mean([curve.evaluation for curve in curves])
+        evaluation = "" if np.isnan(evaluation) else f"{evaluation:.4g}"
         lines.append(f"| {cell.name} | {cell.width} | {len(scores)} | {shown} | {each} | {evaluation} |")
     return "\n".join(lines)
 

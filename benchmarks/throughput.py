@@ -8,7 +8,10 @@
 Contenders take turns, so that a machine whose speed drifts slows all of them; ratios are within a turn. The machine's
 limit is the time of the update's FLOPs at the rate of a large float32 matrix product, plus that of the weights' way
 through memory (forward and backward passes, Adam, masks) at the bandwidth of a large copy, both measured here. The time
-per update that it is compared with holds everything: acting and environment steps too.
+per update that it is compared with holds everything: acting and environment steps too, but not the rendering of
+observations, whose time per update is named apart.
+
+    python benchmarks/throughput.py --tasks drq --rounds 1 --seconds 60        # an update takes seconds on a CPU
 """
 
 import argparse
@@ -36,6 +39,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cql_pruned
 import dqn_sparse
+import drq_sparse
 import iqn_pruned
 import rainbow_pruned
 import sac_sparse
@@ -49,6 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ATARI = "--env-id ALE/Breakout-v5 --learning-starts 1000 --total-timesteps 1000000"
 CHEETAH = "--env-id HalfCheetah-v5 --learning-starts 1000 --total-timesteps 1000000"
 WALKER = "--env-id Walker2d-v5 --total-timesteps 1000000"
+HOPPER = "--env-id dm_control/hopper-hop-v0 --learning-starts 20 --buffer-size 10000"
 CQL = "--env-id ALE/Breakout-v5 --dataset {data}"
 TASKS = {  # script, network, flags, agent steps per update
     "dqn": (dqn_sparse, "nature", ATARI, 4),
@@ -59,6 +64,7 @@ TASKS = {  # script, network, flags, agent steps per update
     "iqn-impala": (iqn_pruned, "impala", ATARI, 4),
     "sac-mlp": (sac_sparse, "mlp", CHEETAH, 1),
     "sac-simba": (sac_sparse, "simba", CHEETAH, 0.5),
+    "drq": (drq_sparse, None, HOPPER, 2),
     "cql": (cql_pruned, "nature", CQL, 1),
     "stream": (stream_sparse, None, WALKER, 1),  # without a limit: its matrices are sparse, and fit into caches
     "stream-8": (stream_sparse, None, f"{WALKER} --num-seeds 8", 1),
@@ -70,7 +76,23 @@ def loss_of(task: str, width: int, device: torch.device) -> tuple[Callable[[], N
     its target's or its gradient are read or written on the way: forward, target's forward, backward, gradient.
     """
     script, network, *_ = TASKS[task]
-    args = script.Args(network=network, width=width)
+    args = script.Args(width=width, **({"network": network} if network else {}))
+    if script is drq_sparse:
+        networks = script.make_networks(args, Box(0, 255, (9, 84, 84), np.uint8), Box(-1, 1, (4,)))
+        encoder, actor, critic = (networks[net].to(device) for net in ("encoder", "actor", "critic"))
+        target, zeros = copy.deepcopy(critic), torch.zeros(args.batch_size, device=device)
+        frames, action = torch.zeros(args.batch_size, 9, 84, 84, device=device), zeros[:, None].repeat(1, 4)
+
+        def loss() -> None:
+            with torch.no_grad():
+                next_features = encoder(frames)
+            batch = Batch(encoder(frames), action, zeros, zeros, next_features)
+            script.critic_loss(actor, critic, target, batch, zeros[0], args.noise_clip)[0].sum().backward()
+            policy_loss = script.actor_loss(actor, critic, batch.observation.detach(), zeros[0], args.noise_clip)
+            policy_loss.backward(inputs=list(actor.parameters()))
+
+        return loss, {encoder: 2 + 1 + 1, actor: 2 + 1 + 1, critic: 4 + 2 + 3}  # as for SAC below
+
     if script is sac_sparse:
         args.num_critics = 2 if network == "mlp" else 1
         networks = script.make_networks(args, Box(-1, 1, (17,)), Box(-1, 1, (6,)))
@@ -115,7 +137,8 @@ def update_cost(task: str, width: int, masked: bool, device: torch.device) -> tu
 
 
 def mask_fraction(task: str, width: int, device: torch.device) -> float:
-    """Time of applying the masks over that of the rest of an update; the medians of 30, one after the other."""
+    """Time of applying the masks over that of the rest of an update; the medians of 30 (of 3 if it takes
+    seconds), one after the other."""
     loss, networks = loss_of(task, width, device)
     weights = {f"{i}.{name}": weight for i, net in enumerate(networks) for name, weight in prunable(net).items()}
     masks = {name: (torch.rand_like(weight) < 0.1).to(weight.dtype) for name, weight in weights.items()}
@@ -126,7 +149,8 @@ def mask_fraction(task: str, width: int, device: torch.device) -> float:
         loss()
         optimizer.step()
 
-    times = [(seconds(update, device), seconds(lambda: apply_masks(weights, masks), device)) for _ in range(33)][3:]
+    rounds = 6 if task == "drq" and device.type == "cpu" else 33
+    times = [(seconds(update, device), seconds(lambda: apply_masks(weights, masks), device)) for _ in range(rounds)][3:]
     updates, applications = zip(*times)
     return statistics.median(applications) / statistics.median(updates)
 
@@ -236,16 +260,19 @@ def main() -> None:
         for _ in range(args.rounds):
             for key, (path, flags, steps_per_update) in contenders.items():
                 offline = key[0] == "cql"
-                skip = 50 if offline else 1000 + int(50 * steps_per_update)
+                skip = {"cql": 50, "drq": 20 + 3 * 2}.get(key[0], 1000 + int(50 * steps_per_update))
                 multiple = max(1, int(steps_per_update))
                 found[key].append(time_script(path, flags, skip, args.seconds, multiple, offline))
 
     rows, clock = [], "cpu_ms_per_step" if args.cpu_time else "ms_per_step"
     print(
-        "| task | width | method | agent steps/s (min, median, max) | ms per update | over the machine's limit ", end=""
+        "| task | width | method | agent steps/s (min, median, max) | ms per update | rendering, ms per update ", end=""
     )
-    print("| masks | memory, GB | start, s | time over ours, dense (min, median, max) |\n", end="")
-    print("|---|--:|---|" + "--:|" * 7)
+    print(
+        "| over the machine's limit | masks | memory, GB | start, s | time over ours, dense (min, median, max) |\n",
+        end="",
+    )
+    print("|---|--:|---|" + "--:|" * 8)
     for (task, width, method), results in found.items():
         steps_per_update = contenders[task, width, method][2]
         ms = [result[clock] for result in results]
@@ -256,6 +283,7 @@ def main() -> None:
             "ms_per_update": steps_per_update * statistics.median(ms),
         }
         row["steps_per_second"] = sorted(1e3 / value for value in ms)
+        row["rendering_ms"] = steps_per_update * statistics.median(r["rendering_ms_per_step"] for r in results)
         row["limit_ms"] = row["mask_fraction"] = None
         if width and TASKS[task][0] is not stream_sparse:
             flops, nbytes = update_cost(task, width, method != "dense", device)
@@ -268,8 +296,10 @@ def main() -> None:
         row["over_dense"] = sorted(value / base[clock] for value, base in zip(ms, dense))
         rows.append(row)
         speed, over = spread(row["steps_per_second"], ",.0f"), spread(row["over_dense"], ".3f")
-        limit = f"{row['ms_per_update'] / row['limit_ms']:.2f}" if row["limit_ms"] else ""
-        print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} | {limit} ", end="")
+        rendering = row["rendering_ms"]
+        limit = f"{(row['ms_per_update'] - rendering) / row['limit_ms']:.2f}" if row["limit_ms"] else ""
+        print(f"| {task} | {width or ''} | {method} | {speed} | {row['ms_per_update']:.2f} ", end="")
+        print(f"| {f'{rendering:.1f}' if rendering else ''} | {limit} ", end="")
         masks = f"{row['mask_fraction']:.1%}" if row["mask_fraction"] else ""
         print(f"| {masks} | {row['memory_gb']:.2f} | {row['startup_s']:.1f} | {over} |")
     if args.out:

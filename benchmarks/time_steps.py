@@ -18,7 +18,7 @@ import psutil
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers import AddRenderObservation, RecordEpisodeStatistics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.runs import Run
@@ -35,25 +35,30 @@ def main() -> None:
     args = parser.parse_args()
 
     steps, first, first_time, first_cpu, startup = 0, 0, 0.0, 0.0, 0.0
+    rendering = first_rendering = 0.0
 
     def synchronize() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def count(new_steps: int) -> None:
-        nonlocal steps, first, first_time, first_cpu, startup
+        nonlocal steps, first, first_time, first_cpu, first_rendering, startup
         if steps == 0:
             startup = time.time() - psutil.Process().create_time()
         steps += new_steps
         if first == 0 and steps >= args.skip:
             synchronize()
             first, first_time, first_cpu = steps, time.perf_counter(), time.process_time()
+            first_rendering = rendering
         timed = steps - first
         if first and timed % args.multiple == 0 and timed and time.perf_counter() - first_time >= args.seconds:
             synchronize()
             result = {
                 "ms_per_step": 1e3 * (time.perf_counter() - first_time) / timed,
                 "cpu_ms_per_step": 1e3 * (time.process_time() - first_cpu) / timed,  # of all threads
+                "rendering_ms_per_step": 1e3
+                * (rendering - first_rendering)
+                / timed,  # of observations; part of the above
                 "startup_s": startup,
                 "memory_gb": psutil.Process().memory_info().rss / 1e9,  # ru_maxrss would be no less than the parent's
                 "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0,
@@ -70,6 +75,16 @@ def main() -> None:
 
         setattr(cls, method, counted)
 
+    render = AddRenderObservation.observation
+
+    def timed_render(env, observation):
+        nonlocal rendering
+        start = time.perf_counter()
+        frame = render(env, observation)
+        rendering += time.perf_counter() - start
+        return frame
+
+    AddRenderObservation.observation = timed_render
     if args.offline:
         counting(Run, "advance", lambda run: 1)
     else:

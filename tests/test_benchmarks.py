@@ -35,6 +35,17 @@ def test_flops_of_sac():
     assert update_cost("sac-mlp", 1, False, CPU)[0] == 256 * (actor_loss + critic_loss)
 
 
+def test_flops_of_drq():
+    convs = [41 * 41 * 32 * 81, *(size * size * 32 * 288 for size in (39, 37, 35))]
+    encoder, trunk = 2 * sum(convs), 2 * 39_200 * 50
+    actor = trunk + 2 * (50 * 1024 + 1024 * 1024 + 1024 * 4)
+    critics = trunk + 2 * 2 * (54 * 1024 + 1024 * 1024 + 1024)
+    critic_loss = 2 * encoder + actor + 2 * critics + 2 * critics + 2 * encoder - 2 * convs[0]
+    # the actor's loss: its features get no gradient, and the critics pass one on to the action alone
+    actor_loss = actor + critics + 2 * actor - trunk + critics - trunk
+    assert update_cost("drq", 1, False, torch.device("meta"))[0] == 256 * (critic_loss + actor_loss)
+
+
 ADAM = "weight gradient mean variance -> weight mean variance"
 MASK = "weight mask -> weight"
 

@@ -31,6 +31,7 @@ def shown(value):
         ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("iqn_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
+        ("drq_sparse", ["EASY", "HUMANOID", "QUADRUPED_RUN", "PENDULUM"]),
         ("stream_sparse", []),
     ],
 )
@@ -58,8 +59,11 @@ def basis(script: str) -> str:
     """Digest of what a script's results rest on: its golden runs, and the defaults of its flags and presets."""
     module = importlib.import_module(script)
     golden = json.loads((ROOT / "tests" / "golden.json").read_text())
-    runs = {case: golden[case] for case in golden if case.split()[0] == script}
-    digests = {case: {method: run["digest"] for method, run in methods.items()} for case, methods in runs.items()}
+    digests = {
+        case: {method: run["digest"] for method, run in methods.items() if "digest" in run}
+        for case, methods in golden.items()
+        if case.split()[0] == script
+    }
     presets = {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, dict)}
     flags = {field.name: field.default for field in dataclasses.fields(module.Args) if field.name not in RUNNING}
     content = json.dumps([digests, flags, presets], sort_keys=True, default=str)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
+from gymnasium.envs.registration import EnvSpec
 
 import dqn_sparse
 from utils.envs import (
@@ -263,6 +265,30 @@ def test_an_environment_that_does_not_fit_ends_the_program_with_one_line(env_id,
         open_envs(flags(env_id), action_space)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and "--env-id" in error and named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        gym.spaces.Box(-1, 1, (2, 2)),
+        gym.spaces.Box(-1, 1, ()),
+        gym.spaces.Box(-1, 1, (0,)),
+        gym.spaces.Box(-3, 3, (2,), np.int64),
+        gym.spaces.Box(np.float32([-1, 2]), np.float32([1, 2])),
+        gym.spaces.Box(-1, np.inf, (2,)),
+    ],
+    ids=["matrix", "scalar", "empty", "integers", "constant", "unbounded"],
+)
+def test_continuous_actions_are_vectors_of_bounded_floats(actions, monkeypatch, capsys):
+    class Odd(PendulumEnv):
+        def __init__(self, render_mode=None):
+            super().__init__()
+            self.action_space = actions
+
+    monkeypatch.setitem(gym.registry, "Odd-v0", EnvSpec("Odd-v0", Odd, max_episode_steps=9))
+    with pytest.raises(SystemExit) as ended:
+        open_envs(flags("Odd-v0"), gym.spaces.Box)
+    assert ended.value.code == 2 and "--env-id" in capsys.readouterr().err
 
 
 def test_an_environment_of_ones_own(tmp_path, monkeypatch):

@@ -45,9 +45,22 @@ FLAGS = {
         "sparsity": 0.9,
         "device": "cpu",
     },
+    "drq_sparse": {
+        "env_id": "tests.dot:Dot-v0",
+        "frame_size": 15,
+        "hidden_dim": 16,
+        "feature_dim": 8,
+        "total_timesteps": 160,
+        "learning_starts": 100,
+        "batch_size": 4,
+        "eval_episodes": 1,
+        "sparsity": 0.9,
+        "device": "cpu",
+    },
 }
 SCRIPTS = list(FLAGS)
-STOP = {"cql_pruned": 60, "sac_sparse": 450}  # a step in the middle of learning
+PRESET_ENVS = {script: FLAGS[script]["env_id"] for script in SCRIPTS} | {"drq_sparse": "Pendulum-v1"}
+STOP = {"cql_pruned": 60, "sac_sparse": 450, "drq_sparse": 130}  # a step in the middle of learning
 
 
 @cache
@@ -154,7 +167,7 @@ def test_two_resumed_runs_are_the_same(script, tmp_path, stop_at):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_evaluations_during_training_change_nothing_of_it(script, tmp_path):
-    every = {"cql_pruned": 25, "sac_sparse": 100}.get(script, 100)
+    every = {"cql_pruned": 25, "drq_sparse": 40}.get(script, 100)
     looked = train(script, tmp_path / "a", method="rigl", eval_every=every)
     plain = train(script, tmp_path / "b", method="rigl", eval_every=0)
     assert same(load(looked / "model.pt")["networks"], load(plain / "model.pt")["networks"])
@@ -317,7 +330,7 @@ def test_flags_that_must_exceed_another(script, low, high, capsys):
 def test_presets_yield_to_the_command_line(script):
     module = importlib.import_module(script)
     given = ["--dataset", dataset()] if script == "cql_pruned" else []
-    given += ["--env-id", FLAGS[script]["env_id"]]
+    given += ["--env-id", PRESET_ENVS[script]]
     preset = module.preset(parse_args(module.Args, module.preset, given))
     args = parse_args(module.Args, module.preset, [*given, "--batch-size", "7"])
     assert args.batch_size == 7
@@ -331,7 +344,7 @@ def test_presets_yield_to_the_command_line(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_defaults_of_the_environment_that_is_given(script, capsys):
     module = importlib.import_module(script)
-    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", FLAGS[script]["env_id"]]
+    given = ["--dataset", dataset()] if script == "cql_pruned" else ["--env-id", PRESET_ENVS[script]]
     episodes = module.preset(parse_args(module.Args, module.preset, given))["eval_episodes"]
     with pytest.raises(SystemExit) as ended:
         parse_args(module.Args, module.preset, [*given, "--help"])

@@ -25,6 +25,7 @@ RUNS = [
     ("iqn_pruned", {"method": "set", "total_timesteps": 200}),
     ("cql_pruned", {"method": "rigl", "loss": "c51", "sparsity": 0.97, "total_updates": 50}),
     ("sac_sparse", {"method": "rigl", "rsnorm": True}),
+    ("drq_sparse", {"method": "gmp", "sparsity": 0.95}),
     ("stream_sparse", STREAM),
 ]
 
@@ -64,7 +65,10 @@ def test_a_trained_policy_of_every_script(script, flags, tmp_path, capsys):
 
     model = load_model(run)
     policy = torch.jit.load(out / "policy.pt")
-    obs = np.random.default_rng(0).normal(size=(8, *model.observation_space.shape)).astype(np.float32)
+    size = (8, *model.observation_space.shape)
+    obs = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    if script == "drq_sparse":
+        obs = np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)
     if script == "iqn_pruned":  # its own policy draws its fractions at random
         action = model.script.make_greedy(model.args, model.networks)(torch.from_numpy(obs)).argmax(1).numpy()
     else:
@@ -72,8 +76,8 @@ def test_a_trained_policy_of_every_script(script, flags, tmp_path, capsys):
         rngs = [np.random.default_rng(0) for _ in obs]
         action = model.script.make_policy(model.args, model.networks)(obs, rngs)
     output = policy(torch.from_numpy(obs), *[torch.zeros(8)] * (script == "stream_sparse"))
-    if script == "sac_sparse":
-        np.testing.assert_allclose(output, 2 * action, rtol=1e-4, atol=1e-4)  # Pendulum's bounds are -2 and 2
+    if script in ("sac_sparse", "drq_sparse"):
+        np.testing.assert_allclose(output, 2 * action, rtol=1e-4, atol=1e-4)  # the bounds are -2 and 2
     else:
         assert output.argmax(1).tolist() == action.tolist()
     if onnx:

@@ -52,8 +52,8 @@ def play(num_envs, lengths, kinds, steps):
 class NaiveReplay:
     """Keeps whole episodes as Python lists, and builds every transition by walking through them."""
 
-    def __init__(self, num_envs, stack, n_step):
-        self.num_envs, self.stack, self.n_step = num_envs, stack, n_step
+    def __init__(self, num_envs, stack, n_step, padding="zero"):
+        self.num_envs, self.stack, self.n_step, self.padding = num_envs, stack, n_step, padding
         self.rows = []
 
     def transitions(self, rows):
@@ -83,7 +83,8 @@ class NaiveReplay:
         return found
 
     def frames(self, i, first, t, newest):
-        earlier = [self.rows[k][0][i] if k >= first else 0.0 for k in range(t - self.stack + 1, t)]
+        padding = 0.0 if self.padding == "zero" else newest if first >= t else self.rows[first][0][i]
+        earlier = [self.rows[k][0][i] if k >= first else padding for k in range(t - self.stack + 1, t)]
         return [*earlier, newest]
 
 
@@ -126,11 +127,18 @@ def drawable(replay):
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases, st.integers(1, 60), st.integers(1, 4), st.sampled_from([1, 4]), st.integers(6, 40))
-def test_holds_exactly_the_transitions_of_a_naive_buffer(case, steps, n_step, stack, rows):
+@given(
+    cases,
+    st.integers(1, 60),
+    st.integers(1, 4),
+    st.sampled_from([1, 4]),
+    st.integers(6, 40),
+    st.sampled_from(["zero", "reset"]),
+)
+def test_holds_exactly_the_transitions_of_a_naive_buffer(case, steps, n_step, stack, rows, padding):
     num_envs, lengths, kinds = case
-    replay = Replay(rows * num_envs, num_envs, space(stack, 1), Discrete(3), stack, n_step, GAMMA, CPU)
-    naive = NaiveReplay(num_envs, stack, n_step)
+    replay = Replay(rows * num_envs, num_envs, space(stack, 1), Discrete(3), stack, n_step, GAMMA, CPU, padding)
+    naive = NaiveReplay(num_envs, stack, n_step, padding)
     fill(replay, play(num_envs, lengths, kinds, steps), stack, naive)
 
     assert_same_transitions(replay, naive.transitions(rows))

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,16 @@ def test_tracking_without_the_package(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         dqn_sparse.main(Args(**CARTPOLE, track=True, runs_dir=str(tmp_path)))
     assert ended.value.code == 2 and "--track" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_continues_its_run_in_weights_and_biases(train, stop_at, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **keywords: calls.append(keywords)))
+    stop_at(300)
+    folder = train(track=True)
+    stop_at(None)
+    train(track=True, resume=str(folder / "checkpoint.pt"))
+    assert [call["id"] for call in calls] == [folder.name] * 2 and all(call["resume"] == "allow" for call in calls)
 
 
 def test_a_run_does_not_die_of_its_logs(train, monkeypatch, capsys):

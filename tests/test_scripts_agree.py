@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("dqn_sparse", "rainbow_pruned", "iqn_pruned", "cql_pruned", "sac_sparse")
+SCRIPTS = ("dqn_sparse", "rainbow_pruned", "iqn_pruned", "cql_pruned", "sac_sparse", "drq_sparse")
 DIFFERENT = {  # and why
     "main": "an algorithm of its own",
     "preset": "settings of its own",
@@ -21,6 +21,10 @@ DIFFERENT = {  # and why
     "Head.forward": "the same",
     "ResidualBlock.__init__": "SAC's block is SimBa's",
     "ResidualBlock.forward": "the same",
+    "Actor.__init__": "DrQ-v2's actor is deterministic, on the features of a shared encoder",
+    "Actor.forward": "the same",
+    "actor_loss": "without entropy",
+    "critic_loss": "the same",
 }
 
 

@@ -236,7 +236,7 @@ def report(
         connected = torch.stack(own).any(0) if own and layer in relus.direct else None
         for name, value in dormant_ratios(activation, connected).items():
             scalars[f"{prefix}/{layer}/{name}"] = value
-    features = relus.encoded or [list(relus.found.values())[-1]]  # (B, units) each
+    features = relus.encoded or [list(relus.found.values())[-1].flatten(1)]  # (B, units) each
     for name, function in (("srank", srank), ("stable_rank", stable_rank), ("feature_norm", feature_norm)):
         scalars[f"{prefix}/{name}"] = sum(map(function, features)) / len(features)
     return scalars | {f"{prefix}/weight_norm": weight_norm(network)}

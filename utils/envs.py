@@ -6,6 +6,7 @@ first observation of the next episode and a reward of 0, and is not a transition
 """
 
 import contextlib
+import ctypes.util
 import difflib
 import gc
 import importlib.util
@@ -15,19 +16,25 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ale_py
 import gymnasium as gym
 import numpy as np
+import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import (
+    AddRenderObservation,
     AtariPreprocessing,
     FlattenObservation,
     FrameStackObservation,
     RecordVideo,
     RepeatAction,
     RescaleAction,
+    ReshapeObservation,
+    ResizeObservation,
+    TransformObservation,
 )
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
@@ -46,6 +53,7 @@ INSTALL_DM_CONTROL = (
     else "pip install shimmy dm-env lxml requests scipy 'mujoco<4' && pip install --no-deps dm-control"
 )
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+INSTALL_RENDERER = "without a screen, MuJoCo renders with the Debian package libegl1 (GPU) or libosmesa6 (CPU)"
 MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
 
 
@@ -72,7 +80,10 @@ def unknown_env(env_id: str) -> str | None:
     if env_id.startswith("dm_control/"):
         if not (importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control")):
             return f"{env_id} needs DeepMind Control; {INSTALL_DM_CONTROL}"
-        importlib.import_module("shimmy")  # registers the ids
+        try:
+            importlib.import_module("shimmy")  # registers the ids
+        except Exception as error:  # each of MuJoCo's renderers has its own
+            return f"cannot import DeepMind Control ({first_line(error)}); {INSTALL_RENDERER}"
     if is_minatar(env_id):
         if not importlib.util.find_spec("minatar"):
             return f"{env_id} needs MinAtar; pip install minatar"
@@ -91,6 +102,23 @@ def register_minatar() -> None:
         importlib.import_module("minatar.gym").register_envs()
 
 
+def choose_renderer() -> None:
+    """Sets MUJOCO_GL, unless the user has: egl with a GPU, else osmesa, if its library is installed.
+
+    To be called before DeepMind Control is imported. Without either library it leaves MuJoCo its default, which needs a
+    screen.
+    """
+    if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+        order = {"egl": "EGL", "osmesa": "OSMesa"} if torch.cuda.is_available() else {"osmesa": "OSMesa", "egl": "EGL"}
+        for name, library in order.items():
+            if ctypes.util.find_library(library):
+                os.environ["MUJOCO_GL"] = name
+                break
+    # DeepMind Control would render in a thread of its own, and complain if the program ends with an error
+    os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame then asks for no screen
+
+
 def cannot_render(env_id: str) -> str | None:
     """None if an environment draws pictures on this machine, else what to try, in one line."""
     with quiet_stderr():
@@ -101,8 +129,7 @@ def cannot_render(env_id: str) -> str | None:
             env.render()
             env.close()
         except Exception as error:  # every renderer has its own
-            hint = "without a screen, MuJoCo needs MUJOCO_GL=egl or osmesa"
-            problem = f"{env_id} cannot be drawn here ({first_line(error)}); {hint}"
+            problem = f"{env_id} cannot be drawn here ({first_line(error)}); {INSTALL_RENDERER}"
         gc.collect()  # renderers that failed complain once more when they are freed
     return problem
 
@@ -145,37 +172,80 @@ class NoInfos(gym.Wrapper):
         return *self.env.step(action)[:4], {}
 
 
-def make_env(env_id: str, action_repeat: int = 1, video_folder: str | None = None) -> gym.Env:
+class Pixels(NamedTuple):
+    """Observations that are rendered: `stack` RGB frames of `size` x `size`, uint8 (3 x stack, size, size).
+
+    The newest frame is last; before an episode's first frame, that one is repeated. `camera` is a number or a name in
+    the DeepMind Control suite; other environments have one.
+    """
+
+    size: int
+    stack: int
+    camera: int | str
+
+
+def make_env(
+    env_id: str, action_repeat: int = 1, pixels: Pixels | None = None, video_folder: str | None = None
+) -> gym.Env:
     """One environment that is not Atari; a dictionary of observations becomes a vector, and bounded continuous actions
     are scaled to [-1, 1].
 
     Args:
         action_repeat: number of times each action is played; the rewards are summed.
+        pixels: observe rendered frames instead, one for each action.
         video_folder: write every episode there as an MP4.
     """
+    keywords = {}
+    if pixels or video_folder:
+        choose_renderer()
+        keywords["render_mode"] = "rgb_array"
     if env_id.startswith("dm_control/"):
         importlib.import_module("shimmy")  # registers the ids
+        if pixels:
+            keywords["render_kwargs"] = {"height": pixels.size, "width": pixels.size, "camera_id": pixels.camera}
     if is_minatar(env_id):
         register_minatar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # MinAtar's v0 has more actions than its v1, not less use
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+        env = gym.make(env_id, **keywords)
     if is_minatar(env_id):
         env = MinAtarImages(env)
     if video_folder:
-        env = RecordVideo(env, video_folder, lambda episode: True)  # innermost: the video shows every frame
+        first = 1 if pixels else 0  # AddRenderObservation resets the environment once to see a frame
+        env = RecordVideo(env, video_folder, lambda episode: episode >= first)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = FlattenObservation(env)
     actions = env.action_space
-    if isinstance(actions, gym.spaces.Box) and actions.is_bounded():
+    if isinstance(actions, gym.spaces.Box) and is_bounded(actions):
         one = actions.dtype.type(1)
         if (actions.low != -one).any() or (actions.high != one).any():  # to rescale nothing takes time as well
             env = RescaleAction(env, -one, one)
-    return NoInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
+    env = NoInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
+    return observe_pixels(env, pixels) if pixels else env
+
+
+def is_bounded(space: gym.spaces.Box) -> bool:
+    """Whether it has dimensions, and each has bounds that differ."""
+    return space.low.size > 0 and space.is_bounded() and bool((space.low < space.high).all())
+
+
+def observe_pixels(env: gym.Env, pixels: Pixels) -> gym.Env:
+    env = AddRenderObservation(env)
+    if env.observation_space.shape[:2] != (pixels.size, pixels.size):
+        env = ResizeObservation(env, (pixels.size, pixels.size))
+    frame_space = gym.spaces.Box(0, 255, (3, pixels.size, pixels.size), np.uint8)
+    env = TransformObservation(env, lambda frame: frame.transpose(2, 0, 1), frame_space)
+    env = FrameStackObservation(env, pixels.stack)
+    return ReshapeObservation(env, (3 * pixels.stack, pixels.size, pixels.size))
 
 
 def make_envs(
-    env_id: str, num_envs: int, sticky_actions: float = 0.25, noop_max: int = 0, action_repeat: int = 1
+    env_id: str,
+    num_envs: int,
+    sticky_actions: float = 0.25,
+    noop_max: int = 0,
+    action_repeat: int = 1,
+    pixels: Pixels | None = None,
 ) -> VectorEnv:
     """A vector environment whose `infos["episode"]` holds the true return `r` and length `l` of episodes that end.
 
@@ -185,11 +255,11 @@ def make_envs(
     Args:
         sticky_actions: Atari only, probability that the emulator repeats the previous action (Machado et al. 2018).
         noop_max: Atari only, maximum number of no-op actions at the start of an episode (Mnih et al. 2015).
-        action_repeat: all but Atari, see `make_env`.
+        action_repeat, pixels: all but Atari, see `make_env`.
     """
     game = atari_game(env_id)
     if game is None:
-        make = [lambda: make_env(env_id, action_repeat)] * num_envs
+        make = [lambda: make_env(env_id, action_repeat, pixels)] * num_envs
         envs = SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
     else:
         envs = AtariVectorEnv(
@@ -268,11 +338,13 @@ class TrainingEnvs(VectorWrapper):
             raise EnvironmentFailed(f"the environment gave {what} that is not a finite float32 number")
 
 
-def protocol(args: RunFlags) -> dict[str, float]:
+def protocol(args: RunFlags) -> dict[str, float | Pixels]:
     """The keywords of `make_envs` that these flags give."""
-    return {
-        name: getattr(args, name) for name in ("sticky_actions", "noop_max", "action_repeat") if hasattr(args, name)
-    }
+    names = ("sticky_actions", "noop_max", "action_repeat")
+    keywords = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if hasattr(args, "frame_size"):
+        keywords["pixels"] = Pixels(args.frame_size, args.frame_stack, args.camera)
+    return keywords
 
 
 def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Space], ...]) -> VectorEnv:
@@ -282,22 +354,27 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
     with bounds, or either) and vectors or images ends the program with one line. So does `--capture-video` without a
     renderer.
     """
+    keywords = protocol(args)
+    if args.capture_video or "pixels" in keywords:
+        choose_renderer()
     problem = unknown_env(args.env_id)
     if problem:
         fail(f"--env-id: {problem}")
     try:
-        envs = make_envs(args.env_id, getattr(args, "num_envs", 1), **protocol(args))
+        envs = make_envs(args.env_id, getattr(args, "num_envs", 1), **keywords)
     except MemoryError:
         raise
     except Exception as error:  # of whatever library the environment needs
-        flags = ", ".join(f"{flag(name)} {value}" for name, value in protocol(args).items())
-        fail(f"--env-id: cannot make {args.env_id}{flags and f' with {flags}'}: {first_line(error)}")
+        flags = ", ".join(f"{flag(name)} {value}" for name, value in keywords.items() if name != "pixels")
+        hint = f"; {INSTALL_RENDERER}" if "pixels" in keywords else ""
+        fail(f"--env-id: cannot make {args.env_id}{flags and f' with {flags}'}: {first_line(error)}{hint}")
     space, actions = envs.single_observation_space, envs.single_action_space
     actions_fit = isinstance(actions, action_space) and (
-        isinstance(actions, gym.spaces.Discrete) or actions.is_bounded()
+        isinstance(actions, gym.spaces.Discrete)
+        or (len(actions.shape) == 1 and actions.dtype.kind == "f" and is_bounded(actions))
     )
-    is_game = atari_game(args.env_id) or is_minatar(args.env_id)
-    if not actions_fit or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not is_game):
+    is_image = atari_game(args.env_id) or is_minatar(args.env_id) or "pixels" in keywords
+    if not actions_fit or not isinstance(space, gym.spaces.Box) or (len(space.shape) != 1 and not is_image):
         kinds = {gym.spaces.Discrete: "discrete actions", gym.spaces.Box: "bounded continuous actions"}
         kind = kinds.get(action_space, "discrete or bounded continuous actions")
         fail(f"--env-id: expected {kind} and vectors (or a game) as observations, got {actions} and {space}")
@@ -368,14 +445,19 @@ def evaluate(
 
 
 def make_video_env(
-    env_id: str, folder: str, sticky_actions: float = 0.25, noop_max: int = 0, action_repeat: int = 1
+    env_id: str,
+    folder: str,
+    sticky_actions: float = 0.25,
+    noop_max: int = 0,
+    action_repeat: int = 1,
+    pixels: Pixels | None = None,
 ) -> VectorEnv:
     """One ordinary environment that writes every episode to `folder` as an MP4; observations as from `make_envs`."""
 
     def make() -> gym.Env:
         game = atari_game(env_id)
         if game is None:
-            return make_env(env_id, action_repeat, folder)
+            return make_env(env_id, action_repeat, pixels, folder)
         env = gym.make(
             f"ALE/{game}-v5",
             render_mode="rgb_array",

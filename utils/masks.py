@@ -44,7 +44,7 @@ def erk_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:
         active = sum(size[name] - zeros[name] for name in rest) - sum(zeros[name] for name in dense)
         epsilon = active / sum(raw[name] * size[name] for name in rest)
         largest = max(raw[name] for name in rest)
-        if epsilon * largest <= 1.0:
+        if epsilon * largest < 1 - 1e-9:  # a rounding error below 1 is dense, too
             break
         dense |= {name for name in rest if raw[name] == largest}
     return {name: 1.0 if name in dense else epsilon * raw[name] for name in shapes}

@@ -1,7 +1,7 @@
 """Uniform replay of n-step transitions that stores every frame once, on the training device."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import psutil
@@ -23,10 +23,10 @@ class Replay:
     """A ring of rows; a row holds one step of all environments: the frame seen, the action, and the n-step return.
 
     A return is added up once, when its window has been played; the stack of an observation is gathered at sampling time
-    from the rows before it. Neither crosses the edge of an episode, and a frame older than the episode's first is all
-    zeros. The row that follows an episode's end belongs to the step that resets the environment (Gymnasium's NEXT_STEP
-    autoreset): its frame is the episode's last observation, from which a truncated episode bootstraps, and no
-    transition starts there.
+    from the rows before it. Neither crosses the edge of an episode: a frame older than the episode's first is all
+    zeros, or equal to that first one. The row that follows an episode's end belongs to the step that resets the
+    environment (Gymnasium's NEXT_STEP autoreset): its frame is the episode's last observation, from which a truncated
+    episode bootstraps, and no transition starts there.
 
     Every transition that starts in the last `capacity // num_envs` rows and whose n-step window has been played is
     drawn with the same probability. `sample` and `add` never make the host wait for a GPU, and `sample` can be captured
@@ -43,6 +43,7 @@ class Replay:
         n_step: int,
         gamma: float,
         device: torch.device,
+        padding: Literal["zero", "reset"] = "zero",
     ) -> None:
         """
         Args:
@@ -50,12 +51,14 @@ class Replay:
             space: of one observation; kept as uint8 if it is, else as float32.
             action_space: of one environment; actions are kept as int64 if it is discrete, else as float32.
             stack: frames in the first dimension of an observation, the newest last; 1 for vectors.
+            padding: what frames older than the episode's first are, as in Gymnasium's FrameStackObservation: "zero", or
+                with "reset" that first frame.
 
         Raises:
             MemoryError: the frames fit neither on `device` nor in this machine's memory; says how much they need.
         """
         self.rows = max(capacity // num_envs, n_step + 1)
-        self.num_envs, self.stack, self.n_step = num_envs, stack, n_step
+        self.num_envs, self.stack, self.n_step, self.padding = num_envs, stack, n_step, padding
         self.length = self.rows + stack  # so that the oldest row's stack and the newest row's successor are there
         self.frame_channels = space.shape[0] // stack
         frame_shape = (self.frame_channels, *space.shape[1:])
@@ -176,10 +179,12 @@ class Replay:
         frames = self.frames.flatten(0, 1)
         if self.stack == 1:
             return frames.index_select(0, place)
-        stack = (place[:, None] - self.num_envs * self.back) % len(frames)  # (B, stack)
-        before_episode = self.back > self.age.take(place)[:, None]  # (B, stack)
-        frames = frames[stack]  # (B, stack, channels, ...)
-        frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
+        age = self.age.take(place)[:, None]  # (B, 1)
+        back = self.back.minimum(age) if self.padding == "reset" else self.back
+        frames = frames[(place[:, None] - self.num_envs * back) % len(frames)]  # (B, stack, channels, ...)
+        if self.padding == "zero":
+            before_episode = self.back > age  # (B, stack)
+            frames.masked_fill_(before_episode.view(*before_episode.shape, *[1] * (frames.ndim - 2)), 0)
         return frames.flatten(1, 2)
 
     def _write(self, ring: torch.Tensor, where: int | np.ndarray, values: np.ndarray) -> None:
@@ -264,6 +269,23 @@ def storage_device(nbytes: int, device: torch.device) -> torch.device:
     if nbytes > available:
         raise MemoryError(f"needs {nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free")
     return torch.device("cpu")
+
+
+def capacity_that_fits(capacity: int, space: Box, stack: int, device: torch.device) -> int:
+    """`capacity`, or as many rows as fit into 80 % of the free memory of `device` or of this machine; then says so.
+
+    Args:
+        space, stack: as for `Replay`.
+    """
+    row_bytes = math.prod(space.shape) // stack * (1 if space.dtype == np.uint8 else 4) + ROW_BYTES
+    available = psutil.virtual_memory().available
+    if device.type == "cuda":
+        available = max(available, torch.cuda.mem_get_info(device)[0])
+    fits = int(0.8 * available / row_bytes)
+    if capacity > fits:
+        needs, takes = capacity * row_bytes / 1e9, fits * row_bytes / 1e9
+        print(f"note: the replay has {fits:,} transitions ({takes:.1f} GB): {capacity:,} need {needs:.1f} GB of memory")
+    return min(capacity, fits)
 
 
 def to_device(observation: np.ndarray, device: torch.device) -> torch.Tensor:
