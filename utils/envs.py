@@ -165,11 +165,12 @@ class MinAtarImages(gym.ObservationWrapper):
         return picture.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-class NoInfos(gym.Wrapper):
-    """Drops the infos of each step: simulators tell much that is not used here, and to batch it takes time."""
+class FewInfos(gym.Wrapper):
+    """Drops the infos of each step but `lives`: simulators tell much that is not used, and to batch it takes time."""
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        return *self.env.step(action)[:4], {}
+        *transition, infos = self.env.step(action)
+        return *transition, {"lives": infos["lives"]} if "lives" in infos else {}
 
 
 class Pixels(NamedTuple):
@@ -220,7 +221,7 @@ def make_env(
         one = actions.dtype.type(1)
         if (actions.low != -one).any() or (actions.high != one).any():  # to rescale nothing takes time as well
             env = RescaleAction(env, -one, one)
-    env = NoInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
+    env = FewInfos(RepeatAction(env, action_repeat) if action_repeat > 1 else env)
     return observe_pixels(env, pixels) if pixels else env
 
 
