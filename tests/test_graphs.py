@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cql_pruned
 import dqn_sparse
+import drq_sparse
 import iqn_pruned
 import rainbow_pruned
 import sac_sparse
@@ -87,6 +88,17 @@ SAC = {
     "replay_ratio": 4.0,
     "device": "cpu",
 }
+DRQ = {
+    "env_id": "tests.dot:Dot-v0",
+    "frame_size": 15,
+    "hidden_dim": 16,
+    "total_timesteps": 300,
+    "learning_starts": 100,
+    "exploration_steps": 200,
+    "batch_size": 4,
+    "eval_episodes": 1,
+    "device": "cpu",
+}
 ATARI = {"env_id": "ALE/Pong-v5", "network": "nature", "method": "random", "replay_ratio": 0.1, "batch_size": 4}
 RUNS = {
     "dqn gmp": (dqn_sparse, DQN | {"method": "gmp", "n_step": 3, "num_envs": 2}),
@@ -102,6 +114,7 @@ RUNS = {
         sac_sparse,
         SAC | {"algorithm": "ddpg", "network": "simba", "method": "random", "replay_ratio": 0.5},
     ),
+    "drq gmp": (drq_sparse, DRQ | {"method": "gmp"}),
 }
 
 
