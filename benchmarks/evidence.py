@@ -56,7 +56,7 @@ class Curve(NamedTuple):
     @property
     def score(self) -> float:
         """Mean return in the last tenth of training."""
-        return float(np.nanmean(self.value[self.step > 0.9 * self.step[-1]]))
+        return float(self.value[self.step > 0.9 * self.step[-1]].mean())
 
 
 # ---- Collecting ------------------------------------------------------------------------------------------------------
@@ -136,8 +136,9 @@ def table(cells: dict[Cell, dict[int, Curve]]) -> str:
 
 
 def in_order(cells: dict[Cell, dict[int, Curve]]) -> list[Cell]:
-    methods = [*STYLES]
-    return sorted(cells, key=lambda cell: (methods.index(cell.method), cell.sparsity, not cell.bias, cell.width))
+    """Methods as in `STYLES` and a fork's after them; then by sparsity, biases and width."""
+    place = {cell: [*STYLES, cell.method].index(cell.method) for cell in cells}
+    return sorted(cells, key=lambda cell: (place[cell], cell.method, cell.sparsity, not cell.bias, cell.width))
 
 
 @styled

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 
+from benchmarks import evidence
 from utils.flags import RunFlags
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,13 @@ def test_results_are_of_this_code_or_say_that_they_are_not(page):
             assert recorded == basis(script) or "an earlier version" in " ".join(mark[2].split()), (
                 f"{page.name}, line {line}: these results are of another {script}, which has {basis(script)} now"
             )
+
+
+@pytest.mark.parametrize("data", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name)
+def test_tables_of_the_evidence_are_those_of_the_data(data):
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    for cells in evidence.read(data).values():
+        assert evidence.table(cells) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
