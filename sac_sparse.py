@@ -29,8 +29,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.diagnostics import EverActive, diagnose
-from utils.envs import Policy, open_envs
-from utils.flags import Above, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, RunFlags, Seed, Sparsity
+from utils.envs import Policy, max_episode_steps, open_envs
+from utils.flags import (
+    Above,
+    Count,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    RunFlags,
+    Seed,
+    Sparsity,
+)
 from utils.graphs import cuda_graph
 from utils.launch import launch
 from utils.masks import active_count, apply_masks, keep_largest, layer_densities, mask_table, prunable, random_mask
@@ -63,7 +73,7 @@ class Args(RunFlags):
     """SimBa's normalised residual blocks, or the two hidden layers of CleanRL's sac_continuous_action.py"""
     rsnorm: bool = True
     """normalise observations by their running mean and variance"""
-    num_critics: PositiveInt | None = None
+    num_critics: Count | None = None
     """ensemble size (the minimum is used); default: 1 where episodes never terminate, else 2"""
     gamma: Probability | None = None
     """discount factor; default: by the length of an episode"""
@@ -107,7 +117,7 @@ class Args(RunFlags):
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
     """multiplies the hidden units: SimBa 128 in the actor and 512 in the critic, MLP 256"""
-    depth: PositiveInt = 1
+    depth: Count = 1
     """multiplies the layers: SimBa 1 block in the actor and 2 in the critic, MLP 2 hidden layers"""
     prune_start: Probability = 0.2
     """gmp: fraction of the updates after which pruning starts"""
@@ -441,7 +451,7 @@ def main(args: Args) -> np.ndarray:
     args = replace(args, action_repeat=args.action_repeat or (2 if dm_control else 1))
     envs = open_envs(args, gym.spaces.Box)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    episode_steps = DM_CONTROL_STEPS if dm_control else gym.spec(args.env_id).max_episode_steps
+    episode_steps = DM_CONTROL_STEPS if dm_control else max_episode_steps(args.env_id)
     gamma = discount_for(episode_steps and episode_steps / args.action_repeat) if args.gamma is None else args.gamma
     num_critics = args.num_critics or (1 if dm_control or args.env_id.startswith(NEVER_TERMINATES) else 2)
     args = replace(args, gamma=gamma, num_critics=num_critics)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.envs import Policy, open_envs
+from utils.envs import Policy, max_episode_steps, open_envs
 from utils.flags import NonNegativeFloat, PositiveFloat, PositiveInt, Probability, RunFlags, Seed, Sparsity, fail
 from utils.launch import launch
 from utils.masks import active_count, layer_densities, mask_table, prunable, random_mask
@@ -318,7 +318,7 @@ class Welford:
 
 def time_limit(env_id: str) -> float:
     """Steps after which an episode is truncated; without a limit infinity, and the time feature never changes."""
-    return 1000 if env_id.startswith("dm_control/") else gym.spec(env_id).max_episode_steps or math.inf
+    return 1000 if env_id.startswith("dm_control/") else max_episode_steps(env_id) or math.inf
 
 
 def as_tensor(x: np.ndarray) -> torch.Tensor:

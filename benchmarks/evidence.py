@@ -86,17 +86,33 @@ def rows_of(run: LoggedRun, steps: int) -> list[list]:
 
 
 def collect(patterns: list[str], out: Path, steps: int | None) -> None:
-    """`steps`: of each run take these first ones only; None takes whole runs."""
-    rows = []
+    """Adds the runs to `out`; a run that is there already, with the same flags and seed, is replaced.
+
+    Args:
+        steps: of each run take these first ones only; None takes whole runs.
+    """
+    collected: dict[tuple, list] = {}
+    if out.exists():
+        with out.open() as file:
+            for row in list(csv.reader(file))[1:]:
+                collected.setdefault(identity(row), []).append(row)
     for run in find_runs(patterns):
         if run.finished or (steps and len(run.episodes) and run.episodes[-1, 0] >= steps):
-            rows += rows_of(run, steps or run.total_steps)
+            if rows := rows_of(run, steps or run.total_steps):
+                collected[identity(rows[0])] = rows
         else:
             warn(f"{run.folder} has not come so far; left out")
+    rows = [row for key in sorted(collected) for row in collected[key]]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted(rows, key=lambda row: (*row[:7], row[7]))])
-    print(f"wrote {out}: {len(rows)} rows")
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    print(f"wrote {out}: {len(collected)} runs, {len(rows)} rows")
+
+
+def identity(row: list) -> tuple:
+    """What tells a run from others: all columns before the step."""
+    script, env_id, method, *numbers = row[: COLUMNS.index("step")]
+    return script, env_id, method, *map(float, numbers)
 
 
 # ---- Drawing ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 
 import dqn_sparse
 from utils import checkpoints, runs
+from utils.masks import active_count, layer_densities
 from utils.runs import CSV_HEADERS, Run, stop_signal
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,18 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
+
+
+def check_exact_masks(model: dict, method: str, sparsity: float) -> None:
+    """The masks of a saved model have exactly the active weights of ERK, and the other weights are zero."""
+    for net, masks in model["masks"].items():
+        weights = {name: w for name, w in model["networks"][net].items() if w.ndim >= 2}
+        assert set(masks) == (set() if method == "dense" else set(weights))
+        densities = layer_densities(weights, sparsity, "erk")
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool
+            assert int(mask.sum()) == active_count(mask.numel(), densities[name])
+            assert not weights[name][~mask].any() and weights[name][mask].any()
 
 
 def run_python(*command: str) -> subprocess.CompletedProcess:

@@ -10,14 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, as_flags, load, run_main, run_script, same
+from conftest import CARTPOLE, as_flags, check_exact_masks, load, run_main, run_script, same
 
 from utils.flags import RunFlags, check_flags, flag, parse_args, rules_of
-from utils.masks import active_count, layer_densities
 from utils.records import read_episodes, read_evaluations
 from utils.runs import Run
 
-METHODS = ("dense", "random", "gmp", "rigl", "set")
 ONLINE = CARTPOLE | {"batch_size": 16, "sparsity": 0.9}
 FLAGS = {
     "dqn_sparse": ONLINE,
@@ -85,20 +83,6 @@ def train(script: str, runs_dir, **flags):
     return run_main(importlib.import_module(script), runs_dir, **flags_of(script, **flags))[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_model_has_exact_masks_and_zeros_under_them(script, method, tmp_path):
-    model = load(train(script, tmp_path, method=method) / "model.pt")
-    for net, masks in model["masks"].items():
-        weights = {name: w for name, w in model["networks"][net].items() if w.ndim >= 2}
-        assert set(masks) == (set() if method == "dense" else set(weights))
-        densities = layer_densities(weights, 0.9, "erk")
-        for name, mask in masks.items():
-            assert mask.dtype == torch.bool
-            assert int(mask.sum()) == active_count(mask.numel(), densities[name])
-            assert not weights[name][~mask].any() and weights[name][mask].any()
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_weights_in_two_processes(script, tmp_path):
     module, models = importlib.import_module(script), {}
@@ -110,6 +94,7 @@ def test_same_seed_same_weights_in_two_processes(script, tmp_path):
         else:
             module.main(parse_args(module.Args, module.preset, flags))
         models[place] = load(next((tmp_path / place).glob("*/model.pt")))
+    check_exact_masks(models["here"], "set", 0.9)
     for part in ("networks", "masks"):
         assert same(models["here"][part], models["there"][part])
         assert not same(models["here"][part], models["other"][part])

@@ -1,7 +1,7 @@
 """Golden runs: every script with every method trains to the same weights as when these numbers were recorded.
 
-They guard refactors. A change that is meant to alter learning records them anew, in a commit that says so;
-test_docs.py then names the published results that rest on the old ones:
+They guard refactors, and each ends with exact masks. A change that is meant to alter learning records them anew, in a
+commit that says so; test_docs.py then names the published results that rest on the old ones:
 
     PYTHONPATH=.:tests python tests/test_golden.py                # all, or only those named: drq_sparse ...
 """
@@ -18,7 +18,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import run_main
+from conftest import check_exact_masks, run_main
 
 GOLDEN = Path(__file__).with_name("golden.json")
 METHODS = ("dense", "random", "gmp", "rigl", "set")
@@ -30,6 +30,7 @@ ONLINE = {
     "buffer_size": 400,
     "num_envs": 2,
     "target_network_frequency": 50,
+    "eval_episodes": 1,
     "end_e": 1.0,
     "sparsity": 0.9,
 }
@@ -42,6 +43,7 @@ FLAGS = {
         "network": "mlp",
         "total_updates": 100,
         "eval_every": 1_000,
+        "eval_episodes": 1,
         "data_fraction": 1.0,
         "target_network_frequency": 20,
         "loss": "c51",
@@ -55,6 +57,7 @@ FLAGS = {
         "learning_starts": 100,
         "batch_size": 32,
         "num_critics": 2,
+        "eval_episodes": 1,
         "sparsity": 0.8,
     },
     "drq_sparse": {
@@ -66,6 +69,7 @@ FLAGS = {
         "learning_starts": 100,
         "replay_ratio": 1.0,
         "batch_size": 16,
+        "eval_episodes": 1,
         "sparsity": 0.8,
     },
 }
@@ -91,11 +95,15 @@ def cpu_model() -> str:
     return ", ".join(dict.fromkeys(wanted))
 
 
-def fingerprint(case: str, method: str, folder: Path) -> dict:
-    """Digest of all weights of a finished run, and for each network their sum and sum of squares in float64."""
+def finished(case: str, method: str, folder: Path) -> dict:
+    """The model of a whole run."""
     flags = FLAGS[case] | ({"dataset": str(dataset(folder / "data"))} if case == "cql_pruned" else {})
     run, _ = run_main(importlib.import_module(case.split()[0]), folder / "runs", method=method, **flags)
-    networks = torch.load(run / "model.pt", weights_only=True)["networks"]
+    return torch.load(run / "model.pt", weights_only=True)
+
+
+def fingerprint(networks: dict) -> dict:
+    """Digest of all weights, and for each network their sum and sum of squares in float64."""
     digest, sums = hashlib.sha256(), {}
     for name, network in networks.items():
         flat = torch.cat([tensor.flatten().double() for tensor in network.values()])
@@ -120,7 +128,9 @@ def test_golden_run(case, method, tmp_path):
     golden = json.loads(GOLDEN.read_text())
     if method not in golden[case]:
         pytest.skip(f"{case} has no {method}")
-    found, expected = fingerprint(case, method, tmp_path), golden[case][method]
+    model = finished(case, method, tmp_path)
+    check_exact_masks(model, method, FLAGS[case]["sparsity"])
+    found, expected = fingerprint(model["networks"]), golden[case][method]
     for name, sums in expected["sums"].items():
         # elsewhere other kernels round otherwise, and a weight at the threshold of a mask may fall on its other side
         np.testing.assert_allclose(found["sums"][name], sums, rtol=1e-2, atol=0.5)
@@ -136,7 +146,7 @@ def record(cases: list[str]) -> None:
         golden[case] = {"platform": this_platform()} if cases else {}
         for method in methods:
             with tempfile.TemporaryDirectory() as folder:
-                golden[case][method] = fingerprint(case, method, Path(folder))
+                golden[case][method] = fingerprint(finished(case, method, Path(folder))["networks"])
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 

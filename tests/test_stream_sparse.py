@@ -306,6 +306,13 @@ def test_bad_input_is_one_line(name, flags, tmp_path):
     assert ended.stderr.startswith(f"error: {name}: ") and ended.stderr.count("\n") == 1
 
 
+def test_an_environment_of_ones_own(tmp_path):
+    """Its id names a module, which evaluations import too: they need the time limit."""
+    folder, returns = run_main(stream_sparse, tmp_path, **SMALL | {"env_id": "tests.dot:Dot-v0"})
+    assert np.isfinite(returns).all() and stream_sparse.time_limit("tests.dot:Dot-v0") == 10
+    assert (folder / "model.pt").exists()
+
+
 def test_stream_q_learns_cartpole(tmp_path):
     """Random actions have a return of about 22."""
     flags = SMALL | {"algorithm": "q", "total_timesteps": 20_000, "eval_episodes": 10}

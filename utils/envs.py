@@ -96,6 +96,14 @@ def unknown_env(env_id: str) -> str | None:
     return f"no environment {env_id!r} is installed" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
+def max_episode_steps(env_id: str) -> int | None:
+    """The time limit of an environment; None if it has none. `module:Env-v0` imports the module first."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gym.spec(name).max_episode_steps
+
+
 def register_minatar() -> None:
     """Registers the games; at import, as other packages do, works only with older versions of Gymnasium."""
     if "MinAtar/Breakout-v0" not in gym.registry:

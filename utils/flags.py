@@ -32,6 +32,7 @@ class Above(NamedTuple):
 
 
 PositiveInt = Annotated[int, Range("an integer of at least 1", lambda x: x >= 1)]
+Count = Annotated[int, Range("an integer from 1 to 1,000", lambda x: 1 <= x <= 1_000)]  # of modules to build
 NonNegativeInt = Annotated[int, Range("an integer of at least 0", lambda x: x >= 0)]
 Seed = Annotated[int, Range("an integer in [0, 2^30)", lambda x: 0 <= x < 2**30)]
 PositiveFloat = Annotated[float, Range("a number above 0", lambda x: x > 0)]
