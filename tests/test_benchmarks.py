@@ -1,4 +1,4 @@
-"""The benchmarks start; and the machine's limit in throughput.py, against FLOPs and bytes counted by hand."""
+"""The benchmarks start; results add up; and the limit in throughput.py, against FLOPs and bytes counted by hand."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from benchmarks import evidence
 from benchmarks.throughput import spread, update_cost
 
 CPU = torch.device("cpu")
@@ -70,6 +71,17 @@ def test_bytes_of_sac():
     of_critics += ["target ->", "weight ->", "weight -> gradient", ADAM, MASK, "weight target -> target"]
     expected = 4 * (actor * traffic(*of_actor) + critics * traffic(*of_critics))
     assert update_cost("sac-mlp", 1, True, CPU)[1] == expected
+
+
+def test_collected_runs_are_added_and_replaced(logged_run, tmp_path):
+    out, episodes = tmp_path / "results.csv", [(500, 20, 20), (1_000, 40, 20)]
+    for seed in (1, 2):
+        evidence.collect([str(logged_run(f"CartPole-v1__dqn_sparse__{seed}__1", episodes, seed=seed))], out, None)
+    again = logged_run("CartPole-v1__dqn_sparse__1__2", [(1_000, 60, 60)])
+    evidence.collect([str(again)], out, None)
+    [cells] = evidence.read(out).values()
+    [curves] = cells.values()
+    assert {seed: list(curve.value) for seed, curve in curves.items()} == {1: [60], 2: [20, 40]}
 
 
 def test_a_spread_of_nothing_is_an_empty_cell():

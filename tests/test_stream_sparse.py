@@ -307,10 +307,31 @@ def test_bad_input_is_one_line(name, flags, tmp_path):
 
 
 def test_an_environment_of_ones_own(tmp_path):
-    """Its id names a module, which evaluations import too: they need the time limit."""
-    folder, returns = run_main(stream_sparse, tmp_path, **SMALL | {"env_id": "tests.dot:Dot-v0"})
+    """Its id names a module, and its time limit is found by it."""
+    _, returns = run_main(stream_sparse, tmp_path, **SMALL | {"env_id": "tests.dot:Dot-v0"})
     assert np.isfinite(returns).all() and stream_sparse.time_limit("tests.dot:Dot-v0") == 10
-    assert (folder / "model.pt").exists()
+
+
+def test_the_policy_sees_the_times_of_training(tmp_path, monkeypatch):
+    """The time feature at each step of an episode: -0.5 at the first two, as published."""
+    features, training, playing = stream_sparse.features, [], []
+
+    def recorded(*args):
+        training.append(features(*args))
+        return training[-1]
+
+    monkeypatch.setattr(stream_sparse, "features", recorded)
+    flags = {"env_id": "tests.dot:Dot-v0", "total_timesteps": 10}
+    run_main(stream_sparse, tmp_path, **SMALL | flags)
+
+    args = Args(**flags)
+    networks = make_networks(args, Box(-1, 1, (1,)), Box(-2, 2, (1,)))
+    networks["actor"].register_forward_pre_hook(lambda _, inputs: playing.append(inputs[0]))
+    policy, rngs = stream_sparse.make_policy(args, networks), [np.random.default_rng(0)]
+    for _ in range(10):
+        policy(np.zeros((1, 1), np.float32), rngs)
+    assert [x[0, -1].item() for x in playing] == [x[0, -1].item() for x in training[:10]]
+    assert playing[0][0, -1] == playing[1][0, -1] == -0.5
 
 
 def test_stream_q_learns_cartpole(tmp_path):
