@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.diagnostics import EverActive, diagnose
-from utils.envs import Policy, open_envs
+from utils.envs import Policy, in_dm_control_suite, open_envs
 from utils.flags import (
     Above,
     NonNegativeFloat,
@@ -389,7 +389,7 @@ def main(args: Args) -> np.ndarray:
     torch.manual_seed(args.seed)
 
     # What follows from the environment unless a flag says it
-    dm_control = args.env_id.startswith("dm_control/")
+    dm_control = in_dm_control_suite(args.env_id)
     action_repeat = args.action_repeat or (2 if dm_control else 1)
     camera = (2 if "quadruped" in args.env_id else 0) if args.camera is None else args.camera
     args = replace(args, action_repeat=action_repeat, camera=camera)

@@ -18,7 +18,6 @@ Haarnoja et al. (2018), Soft actor-critic algorithms and applications. arXiv:181
 import copy
 import itertools
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.diagnostics import EverActive, diagnose
-from utils.envs import Policy, max_episode_steps, open_envs
+from utils.envs import Policy, in_dm_control_suite, max_episode_steps, open_envs
 from utils.flags import (
     Above,
     Count,
@@ -158,8 +157,6 @@ PENDULUM = {
 SIZES = {"simba": ((128, 1), (512, 2)), "mlp": ((256, 2), (256, 2))}
 # SimBa uses two critics where an episode can terminate, and one elsewhere.
 NEVER_TERMINATES = ("HalfCheetah-", "HumanoidStandup-", "Pendulum-", "Pusher-", "Reacher-", "Swimmer-")
-DM_CONTROL_SUITE = re.compile(r"dm_control/\w+-\w+-v\d+")  # domain and task; manipulation, locomotion have one name
-DM_CONTROL_STEPS = 1_000  # of an episode of the suite, before actions are repeated
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -447,11 +444,11 @@ def main(args: Args) -> np.ndarray:
     torch.manual_seed(args.seed)
 
     # What follows from the environment unless a flag says it
-    dm_control = DM_CONTROL_SUITE.fullmatch(args.env_id) is not None
+    dm_control = in_dm_control_suite(args.env_id)
     args = replace(args, action_repeat=args.action_repeat or (2 if dm_control else 1))
     envs = open_envs(args, gym.spaces.Box)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    episode_steps = DM_CONTROL_STEPS if dm_control else max_episode_steps(args.env_id)
+    episode_steps = max_episode_steps(args.env_id)
     gamma = discount_for(episode_steps and episode_steps / args.action_repeat) if args.gamma is None else args.gamma
     num_critics = args.num_critics or (1 if dm_control or args.env_id.startswith(NEVER_TERMINATES) else 2)
     args = replace(args, gamma=gamma, num_critics=num_critics)

@@ -318,7 +318,7 @@ class Welford:
 
 def time_limit(env_id: str) -> float:
     """Steps after which an episode is truncated; without a limit infinity, and the time feature never changes."""
-    return 1000 if env_id.startswith("dm_control/") else max_episode_steps(env_id) or math.inf
+    return max_episode_steps(env_id) or math.inf
 
 
 def as_tensor(x: np.ndarray) -> torch.Tensor:

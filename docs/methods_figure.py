@@ -79,7 +79,9 @@ def draw(axes: np.ndarray, steps: np.ndarray, masks: list[np.ndarray], title: st
     axes[1].fill_between(steps, now, color="#0072B2", alpha=0.25, linewidth=0)
     axes[1].plot(steps, now, color="#0072B2", linewidth=2, label="active now")
     axes[1].plot(steps, so_far, "--", color="#D55E00", linewidth=2, label="ever active so far")
-    axes[1].set(xlabel="agent steps", xlim=(0, steps[-1]), ylim=(0, 105), xticks=range(0, STEPS + 1, 5_000))
+    axes[1].set(xlabel="agent steps", xlim=(0, steps[-1]), ylim=(0, 105), xticks=(0, STEPS // 2, STEPS))
+    axes[1].xaxis.set_major_formatter("{x:,.0f}")
+    axes[1].get_xticklabels()[-1].set_ha("right")
     axes[1].spines[["top", "right"]].set_visible(False)
 
 

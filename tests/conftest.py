@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ CARTPOLE = {
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "utils.curves", "shimmy", "pygame"])
+
+DRAW_CURVE = Run._draw_curve
 
 torch.set_num_threads(1)  # small tensors; and other processes want a core too
 
@@ -128,6 +131,19 @@ def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndar
             raise
     (folder,) = [Path(flags["resume"]).parent] if "resume" in flags else set(runs_dir.glob("*")) - before
     return folder, returns
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Runs in this process leave no curve.png, which takes a fifth of a tiny run; those in one of their own do."""
+    with mock.patch.object(Run, "_draw_curve", lambda run: None):
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Unless a test asks for it."""
+    monkeypatch.setattr(Run, "_draw_curve", DRAW_CURVE)
 
 
 @pytest.fixture

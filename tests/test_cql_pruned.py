@@ -195,7 +195,7 @@ def learn(folder, runs, **flags):
 
 
 @pytest.mark.parametrize("flags", [{"method": "dense"}, {"method": "gmp", "sparsity": 0.9}])
-def test_beats_the_policies_that_made_its_data(mixed_log, tmp_path, flags):
+def test_beats_the_policies_that_made_its_data(mixed_log, tmp_path, curves, flags):
     folder, behaviour = mixed_log
     run, returns = learn(folder, tmp_path, total_updates=1_000, eval_episodes=10, **flags)
     assert returns.mean() > 2 * behaviour.mean()

@@ -291,6 +291,24 @@ def test_continuous_actions_are_vectors_of_bounded_floats(actions, monkeypatch, 
     assert ended.value.code == 2 and "--env-id" in capsys.readouterr().err
 
 
+def test_dictionaries_become_vectors_unless_they_hold_images(monkeypatch, capsys):
+    class Several(PendulumEnv):
+        def __init__(self, shape, dtype, render_mode=None):
+            super().__init__()
+            spaces = {"pose": gym.spaces.Box(-1, 1, (2,)), "seen": gym.spaces.Box(0, 255, shape, dtype)}
+            self.observation_space = gym.spaces.Dict(spaces)
+
+    for shape, dtype in [((1, 4, 3), np.float32), ((8, 8, 3), np.uint8)]:
+        keywords = {"shape": shape, "dtype": dtype}
+        monkeypatch.setitem(gym.registry, "Several-v0", EnvSpec("Several-v0", Several, kwargs=keywords))
+        if dtype != np.uint8:
+            assert open_envs(flags("Several-v0"), gym.spaces.Box).single_observation_space.shape == (14,)
+        else:
+            with pytest.raises(SystemExit) as ended:
+                open_envs(flags("Several-v0"), gym.spaces.Box)
+            assert ended.value.code == 2 and "images" in capsys.readouterr().err
+
+
 def test_an_environment_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"

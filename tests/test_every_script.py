@@ -229,7 +229,7 @@ SIGNALS = [(script, signal.SIGTERM) for script in SCRIPTS] + [
 
 
 @pytest.mark.parametrize(("script", "number"), SIGNALS)
-def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends(script, number, tmp_path):
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends(script, number, tmp_path, curves):
     """Sent by the process itself, so that it comes in the middle of learning; and once more, as nervous users do."""
     code = f"""
     advance = runs.Run.advance

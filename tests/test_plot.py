@@ -104,9 +104,10 @@ def test_runs_that_differ_are_not_averaged_silently(logged_run, drawn, tmp_path,
 def test_a_figure_that_cannot_be_written(logged_run, tmp_path, capsys):
     logged_run("one", constant(1.0))
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as ended:
-        plot.main(plot.Args((str(tmp_path / "logged/*"),), out=tmp_path / "file" / "a"))
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: --out: ")
+    for out in (tmp_path / "file" / "a", tmp_path / "logged"):  # below a file; a folder
+        with pytest.raises(SystemExit) as ended:
+            plot.main(plot.Args((str(tmp_path / "logged/*"),), out=out))
+        assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: --out: ")
 
 
 def test_smoothing_by_hand():

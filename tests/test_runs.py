@@ -110,7 +110,7 @@ def test_a_resumed_run_continues_its_run_in_weights_and_biases(train, stop_at, m
     assert [call["id"] for call in calls] == [folder.name] * 2 and all(call["resume"] == "allow" for call in calls)
 
 
-def test_a_run_does_not_die_of_its_logs(train, monkeypatch, capsys):
+def test_a_run_does_not_die_of_its_logs(train, curves, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import sac_sparse
 from sac_sparse import CLEANRL, PENDULUM, Args, RSNorm, make_networks
-from utils.envs import INSTALL_DM_CONTROL, make_envs, unknown_env
+from utils.envs import INSTALL_DM_CONTROL, make_envs, max_episode_steps, unknown_env
 from utils.masks import erk_densities, layer_densities, prunable
 from utils.replay import Batch, Replay
 from utils.runs import Run
@@ -541,6 +541,17 @@ def test_deepmind_control_as_in_the_paper():
         assert not terminated.any() and truncated.all() == (step == 500)
     assert infos["episode"]["l"].tolist() == [500, 500]
     envs.close()
+
+
+@needs_dm_control
+def test_every_episode_of_deepmind_control_ends():
+    """lqr's have no time limit of their own."""
+    envs = make_envs("dm_control/lqr-lqr_2_1-v0", 1, action_repeat=2)
+    assert max_episode_steps("dm_control/lqr-lqr_2_1-v0") == 1_000
+    assert max_episode_steps("dm_control/CmuHumanoidRunWalls-v0") is None  # not of the suite
+    envs.reset(seed=1)
+    ended = [envs.step(np.zeros((1, 1), np.float32))[2:4] for _ in range(500)]
+    assert [bool(terminated[0] or truncated[0]) for terminated, truncated in ended] == [False] * 499 + [True]
 
 
 @needs_dm_control

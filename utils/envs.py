@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,9 @@ INSTALL_DM_CONTROL = (
     if sys.version_info < (3, 13)
     else "pip install shimmy dm-env lxml requests scipy 'mujoco<4' && pip install --no-deps dm-control"
 )
+# Domain and task; the environments of manipulation and locomotion, under the same prefix, have one name
+DM_CONTROL_SUITE = re.compile(r"dm_control/\w+-\w+-v\d+")
+DM_CONTROL_STEPS = 1_000  # of an episode of the suite, before actions are repeated
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 INSTALL_RENDERER = "without a screen, MuJoCo renders with the Debian package libegl1 (GPU) or libosmesa6 (CPU)"
 MAX_FRAMES = 108_000  # 30 minutes of play; the episode is truncated there
@@ -61,6 +65,10 @@ def atari_game(env_id: str) -> str | None:
     """The game's name in `ALE/<game>-v5` or the old `<game>NoFrameskip-v4` spelling; None for any other id."""
     match = re.fullmatch(r"ALE/(\w+)-v5|(\w+?)NoFrameskip-v\d", env_id)
     return next(filter(None, match.groups())) if match else None
+
+
+def in_dm_control_suite(env_id: str) -> bool:
+    return DM_CONTROL_SUITE.fullmatch(env_id) is not None
 
 
 def is_minatar(env_id: str) -> bool:
@@ -98,6 +106,8 @@ def unknown_env(env_id: str) -> str | None:
 
 def max_episode_steps(env_id: str) -> int | None:
     """The time limit of an environment; None if it has none. `module:Env-v0` imports the module first."""
+    if in_dm_control_suite(env_id):
+        return DM_CONTROL_STEPS
     module, _, name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)
@@ -210,6 +220,7 @@ def make_env(
         keywords["render_mode"] = "rgb_array"
     if env_id.startswith("dm_control/"):
         importlib.import_module("shimmy")  # registers the ids
+        keywords["max_episode_steps"] = max_episode_steps(env_id)  # as the tasks have themselves, but for lqr's
         if pixels:
             keywords["render_kwargs"] = {"height": pixels.size, "width": pixels.size, "camera_id": pixels.camera}
     if is_minatar(env_id):
@@ -223,6 +234,8 @@ def make_env(
         first = 1 if pixels else 0  # AddRenderObservation resets the environment once to see a frame
         env = RecordVideo(env, video_folder, lambda episode: episode >= first)  # innermost: the video shows every frame
     if isinstance(env.observation_space, gym.spaces.Dict):
+        if not pixels and any(s.dtype == np.uint8 and len(s.shape) > 2 for s in env.observation_space.values()):
+            raise ValueError("its observations hold images")
         env = FlattenObservation(env)
     actions = env.action_space
     if isinstance(actions, gym.spaces.Box) and is_bounded(actions):
@@ -374,6 +387,9 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
     except MemoryError:
         raise
     except Exception as error:  # of whatever library the environment needs
+        with quiet_stderr():  # renderers that failed complain once more when they are freed
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
         flags = ", ".join(f"{flag(name)} {value}" for name, value in keywords.items() if name != "pixels")
         hint = f"; {INSTALL_RENDERER}" if "pixels" in keywords else ""
         fail(f"--env-id: cannot make {args.env_id}{flags and f' with {flags}'}: {first_line(error)}{hint}")

@@ -79,6 +79,8 @@ def warn(message: str) -> None:
 
 def save_figure(figure: Figure, out: Path) -> None:
     """Writes `out`.png and `out`.pdf; ends the program with one line if it cannot."""
+    if out.is_dir():
+        fail(f"--out: {out} is a folder; name a file in it, without its suffix")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("png", "pdf"):
