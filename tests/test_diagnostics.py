@@ -282,12 +282,12 @@ def runs_of(script, tmp_path, name, **flags):
     "script", [rainbow_pruned, iqn_pruned, sac_sparse, cql_pruned], ids=lambda script: script.__name__
 )
 def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
-    steps = {"total_timesteps": 300, "learning_starts": 100}
+    steps = {"total_timesteps": 200, "learning_starts": 100}
     flags = {
         rainbow_pruned: rainbow_pruned.CLASSIC_CONTROL | steps | {"env_id": "CartPole-v1", "noisy": True},
         iqn_pruned: iqn_pruned.CLASSIC_CONTROL | steps | {"env_id": "CartPole-v1", "munchausen": True},
         sac_sparse: sac_sparse.PENDULUM | steps | {"env_id": "Pendulum-v1", "method": "rigl", "num_critics": 2},
-        cql_pruned: cql_pruned.CLASSIC_CONTROL | {"dataset": str(tmp_path / "data"), "total_updates": 300},
+        cql_pruned: cql_pruned.CLASSIC_CONTROL | {"dataset": str(tmp_path / "data"), "total_updates": 200},
     }[script]
     if script is cql_pruned:
         train(save_dataset=flags["dataset"])
@@ -305,4 +305,4 @@ def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
         cql_pruned: {"srank", "head.dense/unconnected", "gradient_cosine", "target_variance"},
     }[script]
     for tag in expected:
-        assert looked[f"diagnostics/{tag}"][-1, 0] == 300, tag
+        assert looked[f"diagnostics/{tag}"][-1, 0] == 200, tag
