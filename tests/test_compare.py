@@ -88,7 +88,7 @@ def test_forks_share_the_table_of_the_original(run, compared):
     for script in ("dqn_sparse", "my__dqn"):
         run(f"CartPole-v1__{script}__1__17", 3.0, method="lottery", layers=[64, 64], extra=None)
         run(f"CartPole-v1__{script}__1__18", 4.0, method="gmp")
-    rows, (axes,), _, _ = compared()
+    rows, (axes,), _, notes = compared()
     (rows,) = rows.values()
     assert [(row.kind.script, row.kind.method) for row in rows] == [
         ("dqn_sparse", "dense"),
@@ -98,6 +98,7 @@ def test_forks_share_the_table_of_the_original(run, compared):
         ("my__dqn", "lottery"),
     ]
     assert [row.better and row.better.value for row in rows] == [None, 1, 0, 1, 0]  # than the only dense runs there are
+    assert "my__dqn: gmp 0.9 at width 1 is compared with dqn_sparse: dense" in notes
     assert len(axes.containers) == 5
 
 
@@ -150,12 +151,45 @@ def test_sparsities_of_actor_and_critic(run, compared):
     run("d", 3.0, method="random", sparsity=0.9, actor_sparsity=0.0, critic_sparsity=0.5)
     run("e", 4.0, method="dense", sparsity=0.8, mask_seed=3)
     run("f", 4.0, method="dense", sparsity=0.9, diagnostics_every=10)
+    run("g", 4.0, method="random", sparsity=0.8, encoder_sparsity=0.0, actor_sparsity=None, critic_sparsity=None)
     rows, (axes,), _, notes = compared()
-    expected = [("dense", "0", 2), ("random", "0 / 0.5", 1), ("random", "0 / 0.9", 1), ("random", "0.8", 2)]
+    expected = [
+        ("dense", "0", 2),
+        *[("random", pair, 1) for pair in ("0 / 0.5", "0 / 0.8", "0 / 0.9")],
+        ("random", "0.8", 2),
+    ]
     assert [(method, sparsity, count) for _, method, sparsity, count in kinds(rows["CartPole-v1"])] == expected
     labels = [container.get_label() for container in axes.containers]
-    assert labels == ["dense", "random 0 / 0.5", "random 0 / 0.9", "random 0.8"]
+    assert labels == ["dense", "random 0 / 0.5", "random 0 / 0.8", "random 0 / 0.9", "random 0.8"]
     assert "taken together" not in notes  # they are of one kind
+
+
+def test_more_flags_that_tell_rows_apart(run, compared):
+    for number, (method, algorithm, value) in enumerate(
+        [("dense", "sac", 1.0), ("dense", "ddpg", 5.0), ("random", "sac", 2.0), ("random", "ddpg", 4.0)]
+    ):
+        run(f"CartPole-v1__sac_sparse__{number}__1", value, method=method, algorithm=algorithm)
+    (rows,), _, _, notes = [*compared()[0].values()], *compared()[1:]
+    assert [row.score.value for row in rows] == [3, 3] and "algorithm are taken together" in notes
+    rows, (axes,), out, notes = compared(by="algorithm")
+    (rows,) = rows.values()
+    expected = [
+        ("dense", "ddpg", 5, None),
+        ("dense", "sac", 1, None),
+        ("random", "ddpg", 4, 0),
+        ("random", "sac", 2, 1),
+    ]
+    assert expected == [
+        (row.kind.method, row.kind.more.split()[1], row.score.value, row.better and row.better.value) for row in rows
+    ]
+    assert "| random 0.9, algorithm sac |" in out and "taken together" not in notes and len(axes.containers) == 4
+
+
+def test_flags_by_which_no_run_can_be_told_apart(run, compared):
+    run("one", 1.0)
+    with pytest.raises(SystemExit) as ended:
+        compared(by="bias,nothing")
+    assert ended.value.code == 2
 
 
 def test_a_seed_that_is_there_twice(run, compared):
@@ -174,7 +208,7 @@ def test_nothing_to_compare(run, compared, tmp_path, capsys):
 
 def test_an_interval_never_turns_round():
     """A bootstrap's interval may lie beside the value; the bar then has no length on that side."""
-    row = compare.Row(compare.Kind(1, "s", "gmp", "0.9"), 2, compare.Estimate(1.0, 1.2, 1.5), None, None, 0.0)
+    row = compare.Row(compare.Kind(1, "s", "gmp", "0.9", ""), 2, compare.Estimate(1.0, 1.2, 1.5), None, None, 0.0)
     axes = plt.figure().subplots()
     compare.draw(axes, [row], "", "")
     (segment,) = axes.containers[0][2][0].get_segments()

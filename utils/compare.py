@@ -1,13 +1,14 @@
 """Sparse against dense at each width: one table and one figure.
 
     python -m utils.compare "runs/*" --out docs/comparison
+    python -m utils.compare "sweeps/E/*/*" --by bias
 
 The table goes to stdout as markdown, the figure to a PNG and a PDF. A run's score is the mean return of the episodes
 that ended in its last tenth, exploration included, as the value-based papers report it; with --evaluations, that of the
 evaluations in its last tenth, as the continuous-control papers do. Runs that are not finished are left out. The table
 has the interquartile mean over runs with its 95 % bootstrap interval. Atari games are taken together, human-normalised,
 runs resampled within games; any other environment has a table and a panel of its own. Scripts, forks among them, share
-the table of their environment.
+the table of their environment. Runs of one script, method, sparsity and width are one row; --by splits it further.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from utils.analysis.results import (
     LoggedRun,
     cost,
     find_runs,
+    flag_names,
     group_runs,
     human_normalised,
     improvement,
@@ -48,7 +50,7 @@ STYLES = {  # of each method, colours of Okabe and Ito (2008); in this order
     "rigl": ("#009E73", "D"),
 }
 OTHER = ("#CC79A7", "P")  # a method of a fork
-SPARSITIES = {"sparsity", "actor_sparsity", "critic_sparsity"}
+PARTS = ("encoder_sparsity", "actor_sparsity", "critic_sparsity")  # of --sparsity, for one network each
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Args:
     """folders of runs, or patterns of them in quotes"""
     out: Path = Path("comparison")
     """path of the figure, without .png and .pdf"""
+    by: str = ""
+    """more flags that tell rows apart, separated by commas: algorithm or bias, for example"""
     evaluations: bool = False
     """score runs by their evaluations (--eval-every) instead of their training episodes"""
 
@@ -68,13 +72,15 @@ class Kind(NamedTuple):
     script: str
     method: str
     sparsity: str
+    more: str  # the values of the flags in --by
 
     def order(self) -> tuple:
-        """By width, then script, then method as in STYLES and others after them, then sparsity."""
-        return self.width, self.script, [*STYLES, self.method].index(self.method), self.method, self.sparsity
+        """By width, then script, then method as in STYLES and others after them, then sparsity and the rest."""
+        return self.width, self.script, [*STYLES, self.method].index(self.method), *self[2:]
 
     def label(self, several_scripts: bool) -> str:
         method = self.method if self.method == "dense" else f"{self.method} {self.sparsity}"
+        method += f", {self.more}" if self.more else ""
         return f"{self.script}: {method}" if several_scripts else method
 
 
@@ -90,19 +96,20 @@ class Row(NamedTuple):
 
 
 def sparsity_of(args: dict) -> str:
-    """The final sparsity that a run's flags say; "0 / 0.9" if SAC's actor and critic differ, "0" of a dense run."""
+    """The final sparsity that a run's flags say; "0 / 0.9" if its networks' differ, "0" of a dense run."""
     if args["method"] == "dense":
         return "0"
-    own = [args.get(f"{net}_sparsity") for net in ("actor", "critic")]
+    own = [args[name] for name in PARTS if name in args] or [None]
     return " / ".join(dict.fromkeys(f"{args['sparsity'] if value is None else value:g}" for value in own))
 
 
-def kinds_of(runs: Sequence[LoggedRun]) -> dict[Kind, list[LoggedRun]]:
+def kinds_of(runs: Sequence[LoggedRun], by: Sequence[str]) -> dict[Kind, list[LoggedRun]]:
     """The runs by kind, in order."""
     kinds: dict[Kind, list[LoggedRun]] = {}
     for run in runs:
         script = run.args["script"] or "?"
-        kind = Kind(run.args["width"], script, run.args["method"], sparsity_of(run.args))
+        more = ", ".join(f"{name} {run.args.get(name)}" for name in by)
+        kind = Kind(run.args["width"], script, run.args["method"], sparsity_of(run.args), more)
         kinds.setdefault(kind, []).append(run)
     return dict(sorted(kinds.items(), key=lambda item: item[0].order()))
 
@@ -129,21 +136,24 @@ def cost_of(run: LoggedRun) -> Cost | None:
         return None
 
 
-def dense_runs(kind: Kind, kinds: dict[Kind, list[LoggedRun]]) -> list[LoggedRun] | None:
-    """The dense runs of this kind's width: its script's own, or those of the only script that has any."""
-    found = {
-        other.script: runs for other, runs in kinds.items() if (other.width, other.method) == (kind.width, "dense")
-    }
-    return found.get(kind.script) or (next(iter(found.values())) if len(found) == 1 else None)
+def dense_kind(kind: Kind, kinds: Sequence[Kind]) -> Kind | None:
+    """The dense runs to beat, of the same width: those that agree in the flags of --by too; if there are none, the only
+    ones of this script, or of any."""
+    dense = [other for other in kinds if (other.width, other.method) == (kind.width, "dense")]
+    own = [other for other in dense if other.script == kind.script]
+    alike = [other for other in own if other.more == kind.more]
+    return next((found[0] for found in (alike, own, dense) if len(found) == 1), None)
 
 
-def rows_of(runs: Sequence[LoggedRun], evaluations: bool = False) -> list[Row]:
+def rows_of(runs: Sequence[LoggedRun], evaluations: bool = False, by: Sequence[str] = ()) -> list[Row]:
     """The rows of one table, by width, dense first."""
-    kinds, rows = kinds_of(runs), []
+    kinds, rows = kinds_of(runs, by), []
     for kind, group in kinds.items():
-        dense = dense_runs(kind, kinds)
-        better = None
+        beaten = dense_kind(kind, list(kinds))
+        dense, better = kinds.get(beaten), None
         if dense and kind.method != "dense" and games_of(dense) == games_of(group):
+            if (beaten.script, beaten.more) != (kind.script, kind.more):
+                warn(f"{kind.label(True)} at width {kind.width} is compared with {beaten.label(True)}")
             better = improvement(scores_of(group, evaluations), scores_of(dense, evaluations))
         minutes = float(np.median([training_seconds(run.folder) for run in group])) / 60
         score, needs = summarise(scores_of(group, evaluations)), next(filter(None, map(cost_of, group)), None)
@@ -170,15 +180,16 @@ def markdown(rows: Sequence[Row], score_name: str) -> str:
 
 
 def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> None:
-    """Score against width, with its interval, a line for each script, method and sparsity."""
+    """Score against width, with its interval, a line for each kind."""
     lines = list(
         dict.fromkeys(row.kind._replace(width=0) for row in sorted(rows, key=lambda row: row.kind.order()[1:]))
     )
     widths = sorted({row.kind.width for row in rows})
-    scripts = sorted({line.script for line in lines})
+    groups = sorted({(line.script, line.more) for line in lines})
     for number, line in enumerate(lines):
         color, marker = STYLES.get(line.method, OTHER)
-        same_method = [other for other in lines if other.method == line.method and other.script == line.script]
+        group = line.script, line.more
+        same_method = [other for other in lines if (other.method, other.script, other.more) == (line.method, *group)]
         own = [row for row in rows if row.kind._replace(width=0) == line]
         offset = 0.4 / len(lines) * (number - (len(lines) - 1) / 2)  # side by side
         middle, low, high = np.array([row.score for row in own]).T
@@ -189,9 +200,9 @@ def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> No
             color=color,
             marker=marker,
             capsize=3,
-            linestyle=("-", "--", ":", "-.")[scripts.index(line.script) % 4],
+            linestyle=("-", "--", ":", "-.")[groups.index(group) % 4],
             markerfacecolor=color if line == same_method[-1] else "white",  # filled: its highest sparsity
-            label=line.label(len(scripts) > 1),
+            label=line.label(len({other.script for other in lines}) > 1),
         )
     axes.set_xticks(range(len(widths)), [f"{width}" for width in widths])
     axes.set_xlim(-0.5, len(widths) - 0.5)
@@ -227,7 +238,9 @@ def in_words(count: int, noun: str) -> str:
 def main(args: Args) -> dict[str, list[Row]]:
     """Prints the tables, writes the figure, and returns the rows of each table by its title."""
     tables: dict[str, list[LoggedRun]] = {}
-    for run in comparable(find_runs(args.runs), args.evaluations):
+    found = comparable(find_runs(args.runs), args.evaluations)
+    by = flag_names(args.by, found)
+    for run in found:
         task = "Atari" if human_normalised(0.0, run.args["env_id"]) is not None else run.args["env_id"]
         tables.setdefault(f"{task}, offline" if run.offline else task, []).append(run)
     figure, panels = plt.subplots(1, len(tables), figsize=(6.5 * len(tables), 4), squeeze=False)
@@ -238,17 +251,17 @@ def main(args: Args) -> dict[str, list[Row]]:
         if len(totals) > 1:
             steps = ", ".join(f"{total:,}" for total in totals)
             warn(f"{name}: runs of different lengths ({steps} steps) side by side")
-        for kind, group in kinds_of(runs).items():
+        for kind, group in kinds_of(runs, by).items():
             which = f"{name}: {kind.label(True)} at width {kind.width}"
             if games_of(group) != games:
                 warn(f"{which} lacks games that others have")
             if len({(run.args["env_id"], run.args["seed"]) for run in group}) < len(group):
                 warn(f"{which}: some seeds occur more than once, and each run counts")
-            warn_of_mixed_flags(which, group, RUNNING_FLAGS | SPARSITIES)
+            warn_of_mixed_flags(which, group, RUNNING_FLAGS | {"sparsity", *PARTS})
         atari = name.startswith("Atari")
         title = f"{name}: {', '.join(games)}" if atari else name
         score_name = "human-normalised IQM" if atari else "IQM of final return"
-        results[title] = rows_of(runs, args.evaluations)
+        results[title] = rows_of(runs, args.evaluations, by)
         counts = sorted({row.runs for row in results[title]})
         each = f"{in_words(counts[-1], 'run')} each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs each"
         print(f"{title}, {each}, {' or '.join(f'{total:,}' for total in totals)} steps\n")

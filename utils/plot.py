@@ -22,6 +22,7 @@ from utils.analysis.results import (
     RUNNING_FLAGS,
     LoggedRun,
     find_runs,
+    flag_names,
     group_runs,
     mean_curve,
     save_figure,
@@ -30,7 +31,6 @@ from utils.analysis.results import (
 )
 from utils.command_line import Positional
 from utils.curves import WINDOW, evaluation_means, smooth_curve, styled
-from utils.flags import fail
 from utils.launch import run_command
 from utils.records import read_scalars
 
@@ -120,10 +120,7 @@ def series(run: LoggedRun, tag: str, logged: dict[Path, dict], evaluations: bool
 def main(args: Args) -> None:
     """Draws the runs' curves to `args.out`.png and .pdf."""
     runs = find_runs(args.runs)
-    by = [name.strip().replace("-", "_") for name in args.by.split(",")]
-    for name in by:
-        if all(name not in run.args for run in runs):
-            fail(f"--by: expected names of flags, such as width,method,seed, got {name}")
+    by = flag_names(args.by, runs)
     if "script" not in by and len({run.args["script"] for run in runs}) > 1:
         by = ["script", *by]
     for run in runs:

@@ -126,6 +126,15 @@ def find_runs(patterns: Sequence[str]) -> list[LoggedRun]:
     return runs
 
 
+def flag_names(by: str, runs: Sequence[LoggedRun]) -> list[str]:
+    """The flags in `--by`, as they are in args.json. Ends the program if no run has one of them."""
+    names = [name.strip().replace("-", "_") for name in by.split(",") if name.strip()]
+    for name in names:
+        if all(name not in run.args for run in runs):
+            fail(f"--by: expected names of flags, such as width,method,seed, got {name}")
+    return names
+
+
 def group_runs(runs: Sequence[LoggedRun], by: Sequence[str]) -> dict[tuple, list[LoggedRun]]:
     """The runs by the values of these flags, in the order of the values; a run without such a flag has None there."""
     groups: dict[tuple, list[LoggedRun]] = {}
