@@ -1,5 +1,5 @@
 # Documentation and results: docs/cql_pruned.md
-"""Offline CQL with a sparse network: on logged Atari, a wide network with few weights learns better than a dense one.
+"""Offline CQL with a sparse network: the claim is that on logged Atari, a wide network with few weights beats a dense one.
 
 The agent learns from a dataset alone: Dopamine's DQN (`--loss huber`) or C51 (`--loss c51`) with conservative
 Q-learning, which lowers the values of actions that the data do not contain. `--method` chooses how the network becomes
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.diagnostics import EverActive, diagnose
-from utils.envs import Policy, atari_game, open_envs, stack_size
+from utils.envs import Policy, atari_game, is_minatar, open_envs, stack_size
 from utils.flags import (
     Above,
     NonNegativeFloat,
@@ -123,7 +123,7 @@ class Args(RunFlags):
     distribution: Literal["erk", "uniform"] = "erk"
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
-    """multiplies the channels of the convolutions, and the hidden units of the MLP"""
+    """multiplies the channels of the convolutions, and the hidden units with vectors and MinAtar"""
     bias: bool = True
     """give the layers biases"""
     prune_start: Probability = 0.2
@@ -148,6 +148,19 @@ C51 = {
     "n_step": 3,
     "double": True,
     "dueling": True,
+}
+
+# Defaults for MinAtar, with either loss.
+MINATAR = {
+    "eval_every": 25_000,
+    "eval_episodes": 100,
+    "data_fraction": 1.0,
+    "total_updates": 250_000,
+    "learning_rate": 2.5e-4,
+    "adam_eps": 3.125e-4,
+    "target_network_frequency": 250,
+    "v_min": 0.0,
+    "v_max": 100.0,
 }
 
 # Defaults for vector observations, with either loss.
@@ -216,6 +229,18 @@ class ImpalaCNN(nn.Module):
         return F.relu(x).flatten(1)
 
 
+class MinAtarCNN(nn.Module):
+    """Young & Tian (2019), for the 10 x 10 images of MinAtar: 1,024 x width features."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16 * width, 3, bias=bias)
+        self.features = 8 * 8 * 16 * width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, 10, 10) of zeros and ones -> (B, features)
+        return F.relu(self.conv(x.float())).flatten(1)
+
+
 class MLP(nn.Module):
     """One hidden layer, and the head has another: as for classic control in Dopamine."""
 
@@ -248,7 +273,7 @@ class Head(nn.Module):
         return self.value(x)[:, None] + logits - logits.mean(1, keepdim=True)
 
 
-def init_weights(module: nn.Module, network: str) -> None:
+def init_weights(module: nn.Module, fan_in: bool) -> None:
     """Dopamine's initialisation of a module's own layers: Xavier uniform; in residual blocks Flax's LeCun normal; in
     the Nature network uniform with variance 1 / (sqrt(3) fan-in).
     """
@@ -257,7 +282,7 @@ def init_weights(module: nn.Module, network: str) -> None:
             if isinstance(module, ResidualBlock):
                 std = math.sqrt(1 / layer.weight[0].numel()) / TRUNCATED_NORMAL_STD
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-            elif network == "nature":
+            elif fan_in:
                 bound = math.sqrt(math.sqrt(3) / layer.weight[0].numel())
                 nn.init.uniform_(layer.weight, -bound, bound)
             else:
@@ -268,13 +293,16 @@ def init_weights(module: nn.Module, network: str) -> None:
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete) -> dict[str, nn.Module]:
     """The networks that model.pt holds, by name."""
-    is_image = len(obs_space.shape) == 3
-    torso = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network] if is_image else MLP
-    torso = torso(obs_space.shape[0], args.width, args.bias)
-    hidden, n_atoms = 512 if is_image else 512 * args.width, args.n_atoms if args.loss == "c51" else 1
+    inputs, n_atoms = obs_space.shape[0], args.n_atoms if args.loss == "c51" else 1
+    if len(obs_space.shape) == 1:
+        torso, hidden = MLP(inputs, args.width, args.bias), 512 * args.width
+    elif obs_space.shape[1:] == (10, 10):
+        torso, hidden = MinAtarCNN(inputs, args.width, args.bias), 128 * args.width
+    else:
+        torso, hidden = {"impala": ImpalaCNN, "nature": NatureCNN}[args.network](inputs, args.width, args.bias), 512
     head = Head(torso.features, hidden, int(action_space.n), n_atoms, args.dueling, args.bias)
     q_network = nn.Sequential(OrderedDict(torso=torso, head=head))
-    q_network.apply(partial(init_weights, network=args.network if is_image else "mlp"))
+    q_network.apply(partial(init_weights, fan_in=isinstance(torso, NatureCNN)))
     if isinstance(torso, ImpalaCNN):
         q_network = q_network.to(memory_format=torch.channels_last)  # faster for this network alone
     return {"q_network": q_network}
@@ -313,9 +341,9 @@ def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
     return start < update <= end and ((update - start) % interval == 0 or update == end)
 
 
-def cubic_sparsity(progress: float, final: float) -> float:
+def cubic_density(progress: float, final: float) -> float:
     """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
-    return final * (1 - (1 - progress) ** 3)
+    return final + (1 - final) * (1 - progress) ** 3
 
 
 def cosine_drop_fraction(progress: float, initial: float) -> float:
@@ -327,8 +355,8 @@ def cosine_drop_fraction(progress: float, initial: float) -> float:
 def prune(weights: dict, masks: dict, densities: dict[str, float], progress: float) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of its active weights; pruned weights stay zero."""
     for name, mask in masks.items():
-        density = 1 - cubic_sparsity(progress, 1 - densities[name])
-        n_active = min(active_count(mask.numel(), density), int(mask.sum()))
+        density = cubic_density(progress, densities[name])
+        n_active = min(active_count(mask.numel(), density), int(mask.count_nonzero()))
         score = weights[name].abs().masked_fill(mask == 0, -math.inf)
         mask.copy_(keep_largest(score, n_active))  # in place: a captured CUDA graph reads this very tensor
 
@@ -342,8 +370,9 @@ def rewire(weights: dict, masks: dict, optimizer: torch.optim.Optimizer, drop_fr
         n_drop = int(drop_fraction * n_active)
         survivors = keep_largest(weight.abs().masked_fill(~active, -math.inf), n_active - n_drop)
         grow_score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
-        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)  # may regrow what was just dropped,
-        newly_active = grown & ~active  # which then keeps its value and its Adam moments; only these start from zero
+        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)
+        # What was just dropped may grow back, and keeps its value and Adam moments; newly active weights start from 0
+        newly_active = grown & ~active
         weight.masked_fill_(newly_active, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(newly_active, 0.0)
@@ -571,8 +600,11 @@ def main(args: Args) -> np.ndarray:
 
 def preset(args: Args) -> dict:
     """Values that replace defaults for these flags."""
-    vectors = args.dataset and atari_game(env_id_of(args)) is None
-    return (C51 if args.loss == "c51" else {}) | (CLASSIC_CONTROL if vectors else {})
+    loss = C51 if args.loss == "c51" else {}
+    env_id = env_id_of(args) if args.dataset else ""
+    if is_minatar(env_id):
+        return loss | MINATAR
+    return loss | (CLASSIC_CONTROL if env_id and not atari_game(env_id) else {})
 
 
 if __name__ == "__main__":

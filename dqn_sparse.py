@@ -1,5 +1,5 @@
 # Documentation and results: docs/dqn_sparse.md
-"""DQN with a sparse network: on Atari, a wide network with few weights learns better than a narrow dense one.
+"""DQN with a sparse network: the claim is that on Atari, a wide network with few weights beats a dense one.
 
 The agent is Dopamine's DQN. `--method` chooses how the network becomes sparse: gradual magnitude pruning during
 training (gmp), a fixed random mask (random), or a mask of constant size that moves: RigL grows connections where the
@@ -9,7 +9,7 @@ Obando-Ceron, Courville, Castro (2024), In value-based deep RL, a pruned network
 Evci, Gale, Menick, Castro, Elsen (2020), Rigging the lottery (RigL). arXiv:1911.11134
 Mnih et al. (2015), Human-level control through deep reinforcement learning. Nature 518
 
-    python dqn_sparse.py --env-id CartPole-v1              # a return of 500 in two minutes on a laptop
+    python dqn_sparse.py --env-id CartPole-v1              # a return of about 500 in two minutes on a laptop
     python dqn_sparse.py --sparsity 0.9 --width 4          # Breakout, 10 million steps, four times as wide (GPU)
     python dqn_sparse.py --method rigl --no-bias --network nature --env-id ALE/Pong-v5
 """
@@ -19,7 +19,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import gymnasium as gym
@@ -110,7 +110,7 @@ class Args(RunFlags):
     distribution: Literal["erk", "uniform"] = "erk"
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
-    """multiplies the channels of the convolutions, and the hidden units of the MLP"""
+    """multiplies the channels of the convolutions, and the hidden units with vectors and MinAtar"""
     bias: bool = True
     """give the layers biases"""
     prune_start: Probability = 0.2
@@ -306,9 +306,9 @@ def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
     return start < update <= end and ((update - start) % interval == 0 or update == end)
 
 
-def cubic_sparsity(progress: float, final: float) -> float:
+def cubic_density(progress: float, final: float) -> float:
     """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
-    return final * (1 - (1 - progress) ** 3)
+    return final + (1 - final) * (1 - progress) ** 3
 
 
 def cosine_drop_fraction(progress: float, initial: float) -> float:
@@ -320,8 +320,8 @@ def cosine_drop_fraction(progress: float, initial: float) -> float:
 def prune(weights: dict, masks: dict, densities: dict[str, float], progress: float) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of its active weights; pruned weights stay zero."""
     for name, mask in masks.items():
-        density = 1 - cubic_sparsity(progress, 1 - densities[name])
-        n_active = min(active_count(mask.numel(), density), int(mask.sum()))
+        density = cubic_density(progress, densities[name])
+        n_active = min(active_count(mask.numel(), density), int(mask.count_nonzero()))
         score = weights[name].abs().masked_fill(mask == 0, -math.inf)
         mask.copy_(keep_largest(score, n_active))  # in place: a captured CUDA graph reads this very tensor
 
@@ -335,8 +335,9 @@ def rewire(weights: dict, masks: dict, optimizer: torch.optim.Optimizer, drop_fr
         n_drop = int(drop_fraction * n_active)
         survivors = keep_largest(weight.abs().masked_fill(~active, -math.inf), n_active - n_drop)
         grow_score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
-        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)  # may regrow what was just dropped,
-        newly_active = grown & ~active  # which then keeps its value and its Adam moments; only these start from zero
+        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)
+        # What was just dropped may grow back, and keeps its value and Adam moments; newly active weights start from 0
+        newly_active = grown & ~active
         weight.masked_fill_(newly_active, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(newly_active, 0.0)
@@ -407,7 +408,8 @@ def main(args: Args) -> np.ndarray:
     target_network = copy.deepcopy(q_network)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
-    capacity, stack = min(args.buffer_size, args.total_timesteps), stack_size(args.env_id)
+    args = replace(args, buffer_size=min(args.buffer_size, args.total_timesteps))  # and so if the run is lengthened
+    stack, capacity = stack_size(args.env_id), args.buffer_size
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device)
 
     # ---- Sparsity ----------------------------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ class Args(RunFlags):
 
 # Defaults for the tasks that DrQ-v2 calls easy (explicit flags win).
 EASY = {"total_timesteps": 550_000, "exploration_steps": 100_000}
+WALKER = {"n_step": 1, "batch_size": 512}  # walker-stand, walker-walk and walker-run
 EASY_TASKS = (
     "ball_in_cup-catch",
     "cartpole-balance",
@@ -282,9 +283,9 @@ def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
     return start < update <= end and ((update - start) % interval == 0 or update == end)
 
 
-def cubic_sparsity(progress: float, final: float) -> float:
+def cubic_density(progress: float, final: float) -> float:
     """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
-    return final * (1 - (1 - progress) ** 3)
+    return final + (1 - final) * (1 - progress) ** 3
 
 
 def cosine_drop_fraction(progress: float, initial: float) -> float:
@@ -296,8 +297,8 @@ def cosine_drop_fraction(progress: float, initial: float) -> float:
 def prune(weights: dict, masks: dict, densities: dict[str, float], progress: float) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of its active weights; pruned weights stay zero."""
     for name, mask in masks.items():
-        density = 1 - cubic_sparsity(progress, 1 - densities[name])
-        n_active = min(active_count(mask.numel(), density), int(mask.sum()))
+        density = cubic_density(progress, densities[name])
+        n_active = min(active_count(mask.numel(), density), int(mask.count_nonzero()))
         score = weights[name].abs().masked_fill(mask == 0, -math.inf)
         mask.copy_(keep_largest(score, n_active))  # in place: a captured CUDA graph reads this very tensor
 
@@ -311,8 +312,9 @@ def rewire(weights: dict, masks: dict, optimizer: torch.optim.Optimizer, drop_fr
         n_drop = int(drop_fraction * n_active)
         survivors = keep_largest(weight.abs().masked_fill(~active, -math.inf), n_active - n_drop)
         grow_score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
-        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)  # may regrow what was just dropped,
-        newly_active = grown & ~active  # which then keeps its value and its Adam moments; only these start from zero
+        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)
+        # What was just dropped may grow back, and keeps its value and Adam moments; newly active weights start from 0
+        newly_active = grown & ~active
         weight.masked_fill_(newly_active, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(newly_active, 0.0)
@@ -405,8 +407,8 @@ def main(args: Args) -> np.ndarray:
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizers = {net: torch.optim.Adam(networks[net].parameters(), args.learning_rate, **adam) for net in networks}
     wanted = min(args.buffer_size, args.total_timesteps)
-    capacity = capacity_that_fits(wanted, obs_space, args.frame_stack, device)
-    args = replace(args, buffer_size=capacity) if capacity < wanted else args  # a resumed run takes no more
+    capacity = capacity_that_fits(wanted, args.num_envs, obs_space, args.frame_stack, device)
+    args = replace(args, buffer_size=capacity)  # and so if the run is resumed or lengthened
     stack = args.frame_stack  # before an episode's first frame that one is repeated, by the environments too
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device, "reset")
     std = torch.tensor(args.start_std, device=device)  # of exploration; a tensor, since it changes between replays
@@ -590,6 +592,8 @@ def preset(args: Args) -> dict:
     if args.env_id.startswith("Pendulum-"):
         return PENDULUM
     task = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
+    if task.startswith("walker-"):
+        return WALKER | (EASY if task in EASY_TASKS else {})
     if task in EASY_TASKS:
         return EASY
     if task.startswith("humanoid-"):

@@ -1,5 +1,5 @@
 # Documentation and results: docs/rainbow_pruned.md
-"""Rainbow with a sparse network: on Atari, a wide network with few weights learns better than a narrow dense one.
+"""Rainbow with a sparse network: the claim is that on Atari, a wide network with few weights beats a dense one.
 
 The agent is Dopamine's compact Rainbow: n-step returns, prioritised replay, and C51's categorical distribution of the
 return; `--double --dueling --noisy` make it the full one. `--method` chooses how the network becomes sparse: gradual
@@ -10,7 +10,7 @@ Obando-Ceron, Courville, Castro (2024), In value-based deep RL, a pruned network
 Hessel et al. (2018), Rainbow: combining improvements in deep reinforcement learning. arXiv:1710.02298
 Bellemare, Dabney, Munos (2017), A distributional perspective on reinforcement learning (C51). arXiv:1707.06887
 
-    python rainbow_pruned.py --env-id CartPole-v1            # a return of 500 in a few minutes on a laptop
+    python rainbow_pruned.py --env-id CartPole-v1            # a return of about 500 in a few minutes on a laptop
     python rainbow_pruned.py --sparsity 0.9 --width 4        # Breakout, 10 million steps, four times as wide (GPU)
     python rainbow_pruned.py --double --dueling --noisy --network nature --env-id ALE/Pong-v5
 """
@@ -20,7 +20,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -87,7 +87,7 @@ class Args(RunFlags):
     buffer_size: PositiveInt = 1_000_000
     """rows of the replay: one for each transition, and one more for each episode"""
     learning_starts: NonNegativeInt = 20_000
-    """agent steps before the first update, with random actions"""
+    """agent steps before the first update, with random actions (noisy ones with --noisy)"""
     replay_ratio: PositiveFloat = 0.25
     """updates per agent step"""
     per_alpha: Probability = 0.5
@@ -129,7 +129,7 @@ class Args(RunFlags):
     distribution: Literal["erk", "uniform"] = "erk"
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
-    """multiplies the channels of the convolutions, and the hidden units of the MLP"""
+    """multiplies the channels of the convolutions, and the hidden units with vectors and MinAtar"""
     bias: bool = True
     """give the layers biases"""
     prune_start: Probability = 0.2
@@ -367,9 +367,9 @@ def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
     return start < update <= end and ((update - start) % interval == 0 or update == end)
 
 
-def cubic_sparsity(progress: float, final: float) -> float:
+def cubic_density(progress: float, final: float) -> float:
     """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
-    return final * (1 - (1 - progress) ** 3)
+    return final + (1 - final) * (1 - progress) ** 3
 
 
 def cosine_drop_fraction(progress: float, initial: float) -> float:
@@ -381,8 +381,8 @@ def cosine_drop_fraction(progress: float, initial: float) -> float:
 def prune(weights: dict, masks: dict, densities: dict[str, float], progress: float) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of its active weights; pruned weights stay zero."""
     for name, mask in masks.items():
-        density = 1 - cubic_sparsity(progress, 1 - densities[name])
-        n_active = min(active_count(mask.numel(), density), int(mask.sum()))
+        density = cubic_density(progress, densities[name])
+        n_active = min(active_count(mask.numel(), density), int(mask.count_nonzero()))
         score = weights[name].abs().masked_fill(mask == 0, -math.inf)
         mask.copy_(keep_largest(score, n_active))  # in place: a captured CUDA graph reads this very tensor
 
@@ -396,8 +396,9 @@ def rewire(weights: dict, masks: dict, optimizer: torch.optim.Optimizer, drop_fr
         n_drop = int(drop_fraction * n_active)
         survivors = keep_largest(weight.abs().masked_fill(~active, -math.inf), n_active - n_drop)
         grow_score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
-        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)  # may regrow what was just dropped,
-        newly_active = grown & ~active  # which then keeps its value and its Adam moments; only these start from zero
+        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)
+        # What was just dropped may grow back, and keeps its value and Adam moments; newly active weights start from 0
+        newly_active = grown & ~active
         weight.masked_fill_(newly_active, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(newly_active, 0.0)
@@ -522,7 +523,8 @@ def main(args: Args) -> np.ndarray:
     support = make_support(args, device)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
-    capacity, stack = min(args.buffer_size, args.total_timesteps), stack_size(args.env_id)
+    args = replace(args, buffer_size=min(args.buffer_size, args.total_timesteps))  # and so if the run is lengthened
+    stack, capacity = stack_size(args.env_id), args.buffer_size
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device)
     priorities = Priorities(replay.length * args.num_envs, replay.device)
     max_priority = torch.ones((), dtype=torch.float64, device=replay.device)

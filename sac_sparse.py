@@ -1,5 +1,5 @@
 # Documentation and results: docs/sac_sparse.md
-"""SAC with sparse SimBa networks: with fixed random masks, agents keep improving at sizes where dense networks stop.
+"""SAC with sparse SimBa networks: the claim is that with fixed random masks, larger networks keep getting better.
 
 The agent is SAC (or DDPG) with the actor and critic of SimBa. `--method` chooses how the networks become sparse: a
 fixed random mask (random), gradual magnitude pruning during training (gmp), or a mask of constant size that moves: RigL
@@ -340,9 +340,9 @@ def mask_update_due(update: int, start: int, end: int, interval: int) -> bool:
     return start < update <= end and ((update - start) % interval == 0 or update == end)
 
 
-def cubic_sparsity(progress: float, final: float) -> float:
+def cubic_density(progress: float, final: float) -> float:
     """Gradual pruning schedule of Zhu & Gupta (2017): fast while weights are redundant, slow near the end."""
-    return final * (1 - (1 - progress) ** 3)
+    return final + (1 - final) * (1 - progress) ** 3
 
 
 def cosine_drop_fraction(progress: float, initial: float) -> float:
@@ -354,8 +354,8 @@ def cosine_drop_fraction(progress: float, initial: float) -> float:
 def prune(weights: dict, masks: dict, densities: dict[str, float], progress: float) -> None:
     """Gradual magnitude pruning: each layer keeps the largest of its active weights; pruned weights stay zero."""
     for name, mask in masks.items():
-        density = 1 - cubic_sparsity(progress, 1 - densities[name])
-        n_active = min(active_count(mask.numel(), density), int(mask.sum()))
+        density = cubic_density(progress, densities[name])
+        n_active = min(active_count(mask.numel(), density), int(mask.count_nonzero()))
         score = weights[name].abs().masked_fill(mask == 0, -math.inf)
         mask.copy_(keep_largest(score, n_active))  # in place: a captured CUDA graph reads this very tensor
 
@@ -369,8 +369,9 @@ def rewire(weights: dict, masks: dict, optimizer: torch.optim.Optimizer, drop_fr
         n_drop = int(drop_fraction * n_active)
         survivors = keep_largest(weight.abs().masked_fill(~active, -math.inf), n_active - n_drop)
         grow_score = weight.grad.abs() if method == "rigl" else torch.rand_like(weight)
-        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)  # may regrow what was just dropped,
-        newly_active = grown & ~active  # which then keeps its value and its Adam moments; only these start from zero
+        grown = keep_largest(grow_score.masked_fill(survivors, -math.inf), n_drop)
+        # What was just dropped may grow back, and keeps its value and Adam moments; newly active weights start from 0
+        newly_active = grown & ~active
         weight.masked_fill_(newly_active, 0.0)
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment].masked_fill_(newly_active, 0.0)
@@ -471,7 +472,8 @@ def main(args: Args) -> np.ndarray:
         "critic": torch.optim.AdamW(critic.parameters(), args.q_lr, weight_decay=args.weight_decay, **adam),
         "temperature": torch.optim.Adam([log_alpha], args.q_lr, **adam),
     }
-    capacity = min(args.buffer_size, args.total_timesteps)
+    args = replace(args, buffer_size=min(args.buffer_size, args.total_timesteps))  # and so if the run is lengthened
+    capacity = args.buffer_size
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack=1, n_step=1, gamma=gamma, device=device)
 
     # ---- Sparsity ----------------------------------------------------------------------------------------------------

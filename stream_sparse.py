@@ -442,6 +442,8 @@ def main(args: Args) -> np.ndarray:
         fail(f"--device: expected auto or cpu, since with one sample at a time a GPU waits, got {args.device}")
     if args.diagnostics_every:
         fail(f"--diagnostics-every: expected 0, since there is no batch to diagnose, got {args.diagnostics_every}")
+    if args.track and args.num_seeds > 1:
+        fail(f"--track: expected one agent, since Weights & Biases logs one run for each process, got {args.num_seeds}")
     torch.set_num_threads(1)  # work for microseconds: threads would cost more than they bring
     n = args.num_seeds
     envs = open_envs(args, gym.spaces.Discrete if args.algorithm == "q" else (gym.spaces.Discrete, gym.spaces.Box))

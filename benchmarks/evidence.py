@@ -27,6 +27,7 @@ from utils.analysis.results import LoggedRun, find_runs, warn  # noqa: E402
 from utils.analysis.statistics import bootstrap, mean  # noqa: E402
 from utils.compare import OTHER, STYLES  # noqa: E402
 from utils.curves import styled  # noqa: E402
+from utils.flags import fail  # noqa: E402
 
 STRETCHES = 50  # of a run
 COLUMNS = ("script", "env_id", "method", "sparsity", "width", "bias", "seed", "step", "return", "evaluation")
@@ -96,10 +97,14 @@ def collect(patterns: list[str], out: Path, steps: int | None) -> None:
         with out.open() as file:
             for row in list(csv.reader(file))[1:]:
                 collected.setdefault(identity(row), []).append(row)
+    new: dict[tuple, LoggedRun] = {}
     for run in find_runs(patterns):
         if run.finished or (steps and len(run.episodes) and run.episodes[-1, 0] >= steps):
             if rows := rows_of(run, steps or run.total_steps):
-                collected[identity(rows[0])] = rows
+                key = identity(rows[0])
+                if key in new:
+                    fail(f"{new[key].folder} and {run.folder} differ in flags that have no column: give each a file")
+                collected[key], new[key] = rows, run
         else:
             warn(f"{run.folder} has not come so far; left out")
     rows = [row for key in sorted(collected) for row in collected[key]]

@@ -87,7 +87,7 @@ def draw(axes: np.ndarray, steps: np.ndarray, masks: list[np.ndarray], title: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("methods.png"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("methods.png"))
     args = parser.parse_args()
     figure, panels = plt.subplots(
         2, 3, figsize=(10, 5.4), sharex="col", height_ratios=(3, 2), layout="constrained", sharey="row"

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -43,6 +44,8 @@ FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "utils.curves", "shim
 DRAW_CURVE = Run._draw_curve
 
 torch.set_num_threads(1)  # small tensors; and other processes want a core too
+hypothesis.settings.register_profile("suite", deadline=None)  # machines may be busy
+hypothesis.settings.load_profile("suite")
 
 
 def as_flags(values: dict) -> list[str]:

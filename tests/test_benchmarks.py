@@ -84,5 +84,15 @@ def test_collected_runs_are_added_and_replaced(logged_run, tmp_path):
     assert {seed: list(curve.value) for seed, curve in curves.items()} == {1: [60], 2: [20, 40]}
 
 
+def test_runs_that_the_table_cannot_tell_apart(logged_run, tmp_path, capsys):
+    """Neither silently replaces the other."""
+    for name, algorithm in (("1", "sac"), ("2", "ddpg")):
+        logged_run(f"Pendulum-v1__sac_sparse__1__{name}", [(1_000, 40, 20)], algorithm=algorithm)
+    with pytest.raises(SystemExit) as ended:
+        evidence.collect([str(tmp_path / "logged/*")], tmp_path / "results.csv", None)
+    assert ended.value.code == 2 and "no column" in capsys.readouterr().err
+    assert not (tmp_path / "results.csv").exists()
+
+
 def test_a_spread_of_nothing_is_an_empty_cell():
     assert spread([3.0, 1.0, 1.5], ".2f") == "1.00, 1.50, 3.00" and spread([], ".2f") == ""

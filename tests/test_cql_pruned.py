@@ -13,6 +13,7 @@ from conftest import run_main
 from gymnasium.spaces import Box, Discrete
 
 import cql_pruned
+import dqn_sparse
 from cql_pruned import Args, cql_regularizer, loss_terms, make_networks, preset, project, q_values
 from utils.flags import InputError, parse_args
 from utils.offline.write import DatasetWriter
@@ -209,6 +210,18 @@ def test_beats_the_policies_that_made_its_data(mixed_log, tmp_path, curves, flag
             0.9, abs=1e-4
         )
     assert (run / "curve.png").stat().st_size > 10_000
+
+
+def test_learns_from_the_pixels_of_minatar(tmp_path):
+    pytest.importorskip("minatar")
+    data = str(tmp_path / "data")
+    flags = {"env_id": "MinAtar/Breakout-v0", "total_timesteps": 300, "learning_starts": 299, "buffer_size": 300}
+    run_main(dqn_sparse, tmp_path / "log", **flags, save_dataset=data, clip_rewards=False)
+    given = ["--dataset", data, "--total-updates", "20", "--eval-episodes", "1", "--runs-dir", str(tmp_path / "runs")]
+    returns = cql_pruned.main(parse_args(Args, preset, [*given, "--device", "cpu", "--loss", "c51"]))
+    (model,) = (tmp_path / "runs").glob("*/model.pt")
+    weights = torch.load(model, weights_only=True)["networks"]["q_network"]
+    assert np.isfinite(returns).all() and weights["torso.conv.weight"].shape == (16, 4, 3, 3)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(mixed_log, tmp_path):

@@ -31,8 +31,8 @@ def shown(value):
         ("sac_sparse", ["CLEANRL", "PENDULUM"]),
         ("rainbow_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
         ("iqn_pruned", ["MINATAR", "CLASSIC_CONTROL"]),
-        ("cql_pruned", ["C51", "CLASSIC_CONTROL"]),
-        ("drq_sparse", ["EASY", "HUMANOID", "QUADRUPED_RUN", "PENDULUM"]),
+        ("cql_pruned", ["C51", "MINATAR", "CLASSIC_CONTROL"]),
+        ("drq_sparse", ["EASY", "WALKER", "HUMANOID", "QUADRUPED_RUN", "PENDULUM"]),
         ("stream_sparse", []),
     ],
 )

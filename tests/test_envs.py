@@ -309,6 +309,20 @@ def test_dictionaries_become_vectors_unless_they_hold_images(monkeypatch, capsys
             assert ended.value.code == 2 and "images" in capsys.readouterr().err
 
 
+def test_vectors_of_integers_become_numbers(monkeypatch):
+    class Whole(PendulumEnv):
+        def __init__(self, render_mode=None):
+            super().__init__()
+            self.observation_space = gym.spaces.Box(-9, 9, (3,), np.int64)
+
+        def _get_obs(self):
+            return super()._get_obs().astype(np.int64)
+
+    monkeypatch.setitem(gym.registry, "Whole-v0", EnvSpec("Whole-v0", Whole, max_episode_steps=9))
+    envs = open_envs(flags("Whole-v0"), gym.spaces.Box)
+    assert envs.single_observation_space.dtype == envs.reset(seed=1)[0].dtype == np.float32
+
+
 def test_an_environment_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"

@@ -47,7 +47,7 @@ def loss_slowly(quantiles, tau, targets, kappa) -> float:
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.floats(0.01, 10), st.integers(0, 2**31))
 def test_quantile_huber_loss_is_that_of_a_triple_loop(size, n, n_targets, kappa, seed):
     rng = np.random.default_rng(seed)

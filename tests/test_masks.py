@@ -276,6 +276,11 @@ def test_mask_table_adds_up():
     ]
 
 
+def test_counts_beyond_what_float32_can_count():
+    weight = torch.zeros(2**24 + 3)
+    assert sparsity_scalars({"a": weight}, {"a": torch.ones_like(weight)}) == {"sparsity/a": 0, "sparsity/global": 0}
+
+
 def test_logged_sparsity_is_the_fraction_of_zeros():
     weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(8, 2)}
     mask = torch.zeros(2, 3, 4)

@@ -88,7 +88,7 @@ def columns(rows):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=4, max_size=15), st.integers(12, 40), st.sampled_from([1.0, 0.5, 0.27]))
 def test_fresh_rows_of_the_published_layout(tmp_path_factory, lengths, capacity, fraction):
     folder = tmp_path_factory.mktemp("published")

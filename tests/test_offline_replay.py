@@ -14,6 +14,13 @@ from utils.offline.replay import DatasetError, OfflineReplay, Rows
 GAMMA = 0.9
 
 
+def test_observations_are_bytes_or_float32():
+    for dtype, expected in ((np.uint8, torch.uint8), (np.float32, torch.float32), (np.float64, torch.float32)):
+        rows = rows_of([9], [False], [(0, 9)], 1)
+        rows = rows._replace(observation=rows.observation.astype(dtype))
+        assert OfflineReplay(rows, 1, 1, GAMMA, torch.device("cpu")).sample(3).observation.dtype == expected
+
+
 def step_of(serial):
     """Frame, action and reward of the step with this number; no frame is zero."""
     return serial % 250 + 1, serial % 5 + 1, serial % 7 - 3.5
@@ -87,7 +94,7 @@ def held(replay):
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=2, max_size=12),
     st.sets(st.integers(1, 150), max_size=5),

@@ -115,7 +115,7 @@ def test_the_layout_of_the_dqn_replay_dataset(tmp_path):
     assert sorted(set(read(tmp_path, "invalid_range", 0).tolist())) == [0, 1, 2, 3, rows - 1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3),
     st.sampled_from([1, 4]),
@@ -210,7 +210,7 @@ def blocks(folder, num_envs):
     return found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 22_000), st.booleans())
 def test_a_kill_or_a_full_disk_at_any_byte_loses_only_the_latest_rows(tmp_path_factory, room, kill):
     folder, player = tmp_path_factory.mktemp("set"), Player(2, 4)

@@ -93,7 +93,7 @@ def test_a_million_slots_keep_double_precision():
         assert sums == pytest.approx(np.array([np.sum(row) for row in children.numpy()]), rel=1e-14)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 400),
     st.lists(st.lists(st.tuples(st.integers(0, 399), st.floats(0, 10)), min_size=1, max_size=40), max_size=10),
@@ -122,7 +122,7 @@ def test_a_checkpoint_restores_the_tree_and_fits_into_a_longer_one():
         assert_drawn_in_proportion(priorities, np.pad(values, (0, size - 300)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(6, 25), st.lists(st.integers(0, 9), min_size=1, max_size=90))
 def test_the_replay_tells_which_transitions_enter_and_which_are_dropped(num_envs, n_step, rows, script):
     """Capacity no power of two, wrap-around, ends and cuts: drawable is what the replay itself can draw."""

@@ -54,7 +54,7 @@ def projected_slowly(probability, place, support):
     return mass
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.floats(-50, 50),
     st.floats(0.5, 100),

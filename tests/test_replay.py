@@ -126,7 +126,7 @@ def drawable(replay):
     return replay.starts[place]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     cases,
     st.integers(1, 60),
@@ -182,7 +182,7 @@ def cut(replay, naive):
         naive.rows.append((next_obs, action * 0, reward * 0, ~everywhere, ~everywhere, next_obs, ~everywhere))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases, st.lists(st.integers(0, 25), min_size=2, max_size=4), st.integers(1, 4), st.integers(6, 40))
 def test_cut_ends_the_running_episodes_as_truncated(case, parts, n_step, rows):
     num_envs, lengths, kinds = case
@@ -203,7 +203,7 @@ def through_a_file(replay):
     return torch.load(file, weights_only=True), size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases, st.integers(1, 60), st.integers(1, 40), st.integers(1, 3), st.integers(6, 40), st.integers(0, 20))
 def test_goes_on_from_its_state_as_if_nothing_had_happened(case, steps, more, n_step, rows, longer):
     """And a ring that is not yet full goes on in a longer one."""

@@ -216,6 +216,14 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
     assert 310 not in read_scalars(stopped)["losses/td_loss"][:, 0]
 
 
+def test_a_finished_run_is_lengthened(train):
+    """Its replay is full, as long as it was, and stays so."""
+    folder = train(method="gmp", buffer_size=1_000_000, checkpoint_every=500)
+    flags = ["--resume", str(folder / "checkpoint.pt"), "--total-timesteps", "600"]
+    dqn_sparse.main(parse_args(dqn_sparse.Args, dqn_sparse.preset, flags))
+    assert read_episodes(folder)[-1, 0] > 500 and json.loads((folder / "args.json").read_text())["buffer_size"] == 500
+
+
 def test_a_checkpoint_of_the_last_step_has_its_final_evaluation_once(train):
     folder = train(checkpoint_every=250, eval_every=250, eval_episodes=2)
     rows = read_evaluations(folder)

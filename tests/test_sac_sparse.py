@@ -140,7 +140,7 @@ def test_initialisation_of_simba():
 # Normalisation and the policy's density
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.floats(-1e4, 1e4), st.floats(0.1, 1e3))
 def test_rsnorm_against_two_passes(sizes, offset, scale):
     torch.manual_seed(sum(sizes))

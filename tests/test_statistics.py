@@ -35,7 +35,7 @@ def test_tasks_with_unequal_numbers_of_runs():
     assert bootstrap(mean, scores).high == pytest.approx((3 + 10) / 2, abs=0.5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 10_000))
 def test_iqm_and_improvement_as_in_scipy(runs, tasks, seed):
     rng = np.random.default_rng(seed)

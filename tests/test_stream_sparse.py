@@ -297,6 +297,7 @@ def test_a_stopped_group_resumes_one_by_one(tmp_path, stop_at):
         ("--device", {"device": "cuda"}),
         ("--diagnostics-every", {"diagnostics_every": 10}),
         ("--num-seeds", {"num_seeds": 0}),
+        ("--track", {"num_seeds": 2, "track": True}),
         ("--sparsity", {"sparsity": 1.0}),
     ],
 )

@@ -93,9 +93,10 @@ def load_state(part: object, state: object) -> None:
 
 
 def all_finite(part: object) -> bool:
-    """Whether all parameters and buffers of a network, or of those in nested dictionaries, are finite."""
+    """Whether all parameters and buffers of a network, or of those in nested dictionaries, are finite; and tensors are
+    numbers, though perhaps infinite, as the logarithm of a temperature of 0 is."""
     if isinstance(part, dict):
         return all(map(all_finite, part.values()))
     if isinstance(part, torch.nn.Module):
         return all(bool(tensor.isfinite().all()) for tensor in part.state_dict().values())
-    return True
+    return not (isinstance(part, torch.Tensor) and bool(part.isnan().any()))

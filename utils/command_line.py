@@ -153,6 +153,8 @@ def reading(hint: object) -> dict:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:
         return {"metavar": "{" + ",".join(map(str, kinds)) + "}", "type": one_of(kinds)}
+    if not isinstance(hint, type) or issubclass(hint, list | dict | set):
+        raise TypeError(f"a flag cannot be a {hint}: see docs/your_own.md for the types that can")
     return {"metavar": hint.__name__.upper(), "type": converted_to(hint)}
 
 

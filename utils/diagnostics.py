@@ -96,7 +96,7 @@ def has_inputs(mask: torch.Tensor) -> torch.Tensor:
 
 
 def dormant_ratios(activation: torch.Tensor, connected: torch.Tensor | None = None) -> dict[str, float]:
-    """Share of units whose score is at most tau, for tau 0, 0.025 and 0.1, as "dormant_<tau>"; and "unconnected".
+    """Fraction of units whose score is at most tau, for tau 0, 0.025 and 0.1, as "dormant_<tau>"; and "unconnected".
 
     Args:
         activation: as in `unit_scores`.
@@ -200,7 +200,7 @@ class EverActive:
         for name, mask in masks.items():
             self.ever[name] |= mask > 0
         total = sum(mask.numel() for mask in self.ever.values())
-        return sum(int(mask.sum()) for mask in self.ever.values()) / total if total else 1.0
+        return sum(int(mask.count_nonzero()) for mask in self.ever.values()) / total if total else 1.0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.ever

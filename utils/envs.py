@@ -28,6 +28,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from gymnasium.wrappers import (
     AddRenderObservation,
     AtariPreprocessing,
+    DtypeObservation,
     FlattenObservation,
     FrameStackObservation,
     RecordVideo,
@@ -206,8 +207,8 @@ class Pixels(NamedTuple):
 def make_env(
     env_id: str, action_repeat: int = 1, pixels: Pixels | None = None, video_folder: str | None = None
 ) -> gym.Env:
-    """One environment that is not Atari; a dictionary of observations becomes a vector, and bounded continuous actions
-    are scaled to [-1, 1].
+    """One environment that is not Atari; a dictionary of observations becomes a vector, a vector of integers one of
+    float32, and bounded continuous actions are scaled to [-1, 1].
 
     Args:
         action_repeat: number of times each action is played; the rewards are summed.
@@ -237,6 +238,8 @@ def make_env(
         if not pixels and any(s.dtype == np.uint8 and len(s.shape) > 2 for s in env.observation_space.values()):
             raise ValueError("its observations hold images")
         env = FlattenObservation(env)
+    if len(env.observation_space.shape or ()) == 1 and env.observation_space.dtype.kind in "uib":
+        env = DtypeObservation(env, np.float32)
     actions = env.action_space
     if isinstance(actions, gym.spaces.Box) and is_bounded(actions):
         one = actions.dtype.type(1)

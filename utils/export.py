@@ -277,7 +277,7 @@ model-index:
       verified: false"""
     learning = {name: value for name, value in asdict(args).items() if name not in {f.name for f in fields(RunFlags)}}
     flags = "\n".join(as_flag(name, value) for name, value in learning.items() if value is not None)
-    arguments = ", ".join(["obs", *(f"torch.zeros(1)  # {name}" for name in task.more)])
+    more = "".join(f"{name} = torch.zeros(1)\n" for name in task.more)
     return f"""---
 license: mit
 library_name: pytorch
@@ -298,7 +298,7 @@ import torch
 
 policy = torch.jit.load("policy.pt")
 obs = torch.zeros(1, {", ".join(map(str, task.space.shape))}{", dtype=torch.uint8" if task.is_uint8 else ""})
-print(policy({arguments}))
+{more}print(policy({", ".join(["obs", *task.more])}))
 ```
 
 {interface(task)}

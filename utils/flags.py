@@ -84,7 +84,7 @@ def check_flags(args: RunFlags) -> None:
         value = getattr(args, name)
         if value is None or value == getattr(type(args), name, None) == "":
             continue
-        expect(args, name, value != "", "a text that is not empty")
+        expect(args, name, value != "", "a non-empty string")
         expect(args, name, not isinstance(value, int) or abs(value) <= 2**53, "an integer of at most 2^53")
         expect(args, name, not isinstance(value, float) or abs(value) < 2**127, "a finite float32 number")
         for rule in rules_of(hint):

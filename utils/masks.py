@@ -100,7 +100,9 @@ def apply_masks(weights: Tensors, masks: Tensors) -> None:
 
 def sparsity_scalars(weights: Tensors, masks: Tensors) -> dict[str, float]:
     """The fraction of zeros among all weights, and in each layer, by the names under which they are logged."""
-    active = {name: int(masks[name].sum()) if name in masks else weight.numel() for name, weight in weights.items()}
+    active = {
+        name: int(masks[name].count_nonzero()) if name in masks else weight.numel() for name, weight in weights.items()
+    }
     total = sum(weight.numel() for weight in weights.values())
     layers = {f"sparsity/{name}": 1 - active[name] / weight.numel() for name, weight in weights.items()}
     return {"sparsity/global": 1 - sum(active.values()) / total} | layers

@@ -271,17 +271,17 @@ def storage_device(nbytes: int, device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
-def capacity_that_fits(capacity: int, space: Box, stack: int, device: torch.device) -> int:
+def capacity_that_fits(capacity: int, num_envs: int, space: Box, stack: int, device: torch.device) -> int:
     """`capacity`, or as many rows as fit into 80 % of the free memory of `device` or of this machine; then says so.
 
     Args:
-        space, stack: as for `Replay`.
+        num_envs, space, stack: as for `Replay`.
     """
     row_bytes = math.prod(space.shape) // stack * (1 if space.dtype == np.uint8 else 4) + ROW_BYTES
     available = psutil.virtual_memory().available
     if device.type == "cuda":
         available = max(available, torch.cuda.mem_get_info(device)[0])
-    fits = int(0.8 * available / row_bytes)
+    fits = int(0.8 * available / row_bytes) - (stack + 1) * num_envs  # see `Replay.length`
     if capacity > fits:
         needs, takes = capacity * row_bytes / 1e9, fits * row_bytes / 1e9
         print(f"note: the replay has {fits:,} transitions ({takes:.1f} GB): {capacity:,} need {needs:.1f} GB of memory")

@@ -51,6 +51,7 @@ def choose_device(args: RunFlags) -> torch.device:
     except (RuntimeError, AssertionError):  # unknown, absent, or torch without CUDA
         fail(f"--device: expected auto, cpu, or an available GPU (cuda, cuda:1, ...), got {args.device}")
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
         print(f"device: {torch.cuda.get_device_name(device)}")
     else:
         threads = torch.get_num_threads()
@@ -409,7 +410,7 @@ class Run:
             f"{net}.{name}"
             for net, layers in masks.items()
             for name, mask in layers.items()
-            if int(mask.sum()) != active_count(mask.numel(), densities[net][name])
+            if int(mask.count_nonzero()) != active_count(mask.numel(), densities[net][name])
         ]
         if missed:
             raise SystemExit(f"error: the final sparsity is not the one asked for in {', '.join(missed)}")

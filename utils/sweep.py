@@ -56,7 +56,7 @@ class Args:
     gpus_per_run: NonNegativeFloat | None = None
     """GPUs for each run, such as 0.25; by default 1 if there are GPUs"""
     memory_per_run: NonNegativeFloat = 0.0
-    """GB of memory for each run (the replay of Atari takes 8); 0 does not limit the number of runs"""
+    """GB of memory for each run (the replay of Atari takes 7.1); 0 does not limit the number of runs"""
     retries: NonNegativeInt = 1
     """times that a failed cell is tried again"""
     grace: PositiveFloat = 600.0

@@ -257,7 +257,7 @@ def cost(model: Model) -> Cost:
         for name, weight in network.named_parameters():
             if weight.ndim >= 2:
                 mask = model.masks.get(net, {}).get(name)
-                count = weight.numel() if mask is None else int(mask.sum())
+                count = weight.numel() if mask is None else int(mask.count_nonzero())
                 active, total = active + count, total + weight.numel()
                 module = network.get_submodule(name.rpartition(".")[0])
                 flops += 0 if name.endswith("_sigma") else 2 * count * places.get(module, 1)

@@ -130,4 +130,5 @@ class OfflineReplay:
         """The observations (B, *observation shape) whose newest frames are in rows `row` (B,)."""
         rows = row[:, None] - self.back  # (B, stack)
         frames = self.frames.index_select(0, rows.flatten())
+        frames = frames if frames.dtype == torch.uint8 else frames.float()  # as `utils.replay` stores them
         return frames if len(self.back) == 1 else frames.unflatten(0, rows.shape)
