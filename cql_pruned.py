@@ -1,5 +1,5 @@
 # Documentation and results: docs/cql_pruned.md
-"""Offline CQL with a sparse network: the claim is that on logged Atari, a wide network with few weights beats a dense one.
+"""Offline CQL with a sparse network: the claim is that on logged Atari, a wide network with few weights learns best.
 
 The agent learns from a dataset alone: Dopamine's DQN (`--loss huber`) or C51 (`--loss c51`) with conservative
 Q-learning, which lowers the values of actions that the data do not contain. `--method` chooses how the network becomes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import load
 from gymnasium.spaces import Box, Discrete
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import nn
