@@ -8,7 +8,7 @@ import pytest
 from conftest import run_python
 
 import dqn_sparse
-from utils.command_line import Positional, documented, given_flags, known_flags, make_parser
+from utils.command_line import Positional, documented, given_flags, known_flags, make_parser, reading
 from utils.flags import PositiveInt, parse_args
 
 
@@ -139,6 +139,12 @@ def test_help_fits_the_terminal_and_shows_the_environments_defaults(capsys, monk
         assert part in text
     assert "(default: 3)" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("    python ")) <= 80
+
+
+@pytest.mark.parametrize("hint", [list[int], float | str, dict])
+def test_types_that_no_flag_has(hint):
+    with pytest.raises(TypeError):
+        reading(hint)
 
 
 @pytest.mark.parametrize("command", [["cql_pruned.py"], ["-m", "utils.plot"], ["-m", "utils.sweep"]])
