@@ -188,7 +188,7 @@ def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tenso
 
 
 class EverActive:
-    """Which weights any of the masks has let live: the exploration rate of Liu et al. (2021), Do we actually need dense
+    """Which weights have been active in any mask so far: the exploration rate of Liu et al. (2021), Do we actually need dense
     over-parameterization? ("ITOP").
     """
 

@@ -87,7 +87,7 @@ class StopSignal:
             tqdm.write(self.immediate or "stopped before the checkpoint was complete", file=sys.stderr)
             raise SystemExit(128 + number)
         self.number, self.time = number, time.monotonic()
-        tqdm.write("stopping: writing checkpoint.pt; a second signal gives it up", file=sys.stderr)
+        tqdm.write("stopping: writing checkpoint.pt; a second signal abandons it", file=sys.stderr)
 
 
 stop_signal = StopSignal()
