@@ -188,8 +188,8 @@ def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tenso
 
 
 class EverActive:
-    """Which weights have been active in any mask so far: the exploration rate of Liu et al. (2021), Do we actually need dense
-    over-parameterization? ("ITOP").
+    """Which weights have been active in any mask so far: the exploration rate of Liu et al. (2021), Do we actually need
+    dense over-parameterization? ("ITOP").
     """
 
     def __init__(self, masks: dict[str, torch.Tensor]) -> None:

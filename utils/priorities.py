@@ -37,8 +37,8 @@ class Priorities:
         totals = []
         for u, level in zip(uniform, self.levels):
             children = level.index_select(0, node)  # (count, FAN_OUT)
-            # A GPU may round running sums so that they grow at a child of priority 0; the product makes sure that such a
-            # child is never chosen
+            # A GPU may round running sums so that they grow at a child of priority 0; the product makes sure that it is
+            # never chosen
             running = children.cumsum(1) * (children > 0)
             total = running.amax(1, keepdim=True)
             totals.append(total)
