@@ -408,7 +408,7 @@ def main(args: Args) -> np.ndarray:
     optimizers = {net: torch.optim.Adam(networks[net].parameters(), args.learning_rate, **adam) for net in networks}
     wanted = min(args.buffer_size, args.total_timesteps)
     capacity = capacity_that_fits(wanted, args.num_envs, obs_space, args.frame_stack, device)
-    args = replace(args, buffer_size=capacity)  # and so if the run is resumed or lengthened
+    args = replace(args, buffer_size=capacity) if capacity < wanted else args  # a resumed run takes no more
     stack = args.frame_stack  # before an episode's first frame that one is repeated, by the environments too
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device, "reset")
     std = torch.tensor(args.start_std, device=device)  # of exploration; a tensor, since it changes between replays

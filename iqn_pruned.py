@@ -19,7 +19,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import gymnasium as gym
@@ -528,8 +528,7 @@ def main(args: Args) -> np.ndarray:
     target_network = copy.deepcopy(q_network)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
-    args = replace(args, buffer_size=min(args.buffer_size, args.total_timesteps))  # and so if the run is lengthened
-    stack, capacity = stack_size(args.env_id), args.buffer_size
+    capacity, stack = min(args.buffer_size, args.total_timesteps), stack_size(args.env_id)
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device)
 
     # ---- Sparsity ----------------------------------------------------------------------------------------------------

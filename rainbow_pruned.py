@@ -20,7 +20,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -523,8 +523,7 @@ def main(args: Args) -> np.ndarray:
     support = make_support(args, device)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
-    args = replace(args, buffer_size=min(args.buffer_size, args.total_timesteps))  # and so if the run is lengthened
-    stack, capacity = stack_size(args.env_id), args.buffer_size
+    capacity, stack = min(args.buffer_size, args.total_timesteps), stack_size(args.env_id)
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device)
     priorities = Priorities(replay.length * args.num_envs, replay.device)
     max_priority = torch.ones((), dtype=torch.float64, device=replay.device)

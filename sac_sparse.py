@@ -472,8 +472,7 @@ def main(args: Args) -> np.ndarray:
         "critic": torch.optim.AdamW(critic.parameters(), args.q_lr, weight_decay=args.weight_decay, **adam),
         "temperature": torch.optim.Adam([log_alpha], args.q_lr, **adam),
     }
-    args = replace(args, buffer_size=min(args.buffer_size, args.total_timesteps))  # and so if the run is lengthened
-    capacity = args.buffer_size
+    capacity = min(args.buffer_size, args.total_timesteps)
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack=1, n_step=1, gamma=gamma, device=device)
 
     # ---- Sparsity ----------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_learns_from_the_pixels_of_minatar(tmp_path):
     pytest.importorskip("minatar")
     data = str(tmp_path / "data")
     flags = {"env_id": "MinAtar/Breakout-v0", "total_timesteps": 300, "learning_starts": 299, "buffer_size": 300}
-    run_main(dqn_sparse, tmp_path / "log", **flags, save_dataset=data, clip_rewards=False)
+    run_main(dqn_sparse, tmp_path / "log", method="dense", save_dataset=data, clip_rewards=False, **flags)
     given = ["--dataset", data, "--total-updates", "20", "--eval-episodes", "1", "--runs-dir", str(tmp_path / "runs")]
     returns = cql_pruned.main(parse_args(Args, preset, [*given, "--device", "cpu", "--loss", "c51"]))
     (model,) = (tmp_path / "runs").glob("*/model.pt")

@@ -217,11 +217,13 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
 
 
 def test_a_finished_run_is_lengthened(train):
-    """Its replay is full, as long as it was, and stays so."""
+    """Its replay is full and stays as long as it was, since the new length makes a longer one possible."""
     folder = train(method="gmp", buffer_size=1_000_000, checkpoint_every=500)
-    flags = ["--resume", str(folder / "checkpoint.pt"), "--total-timesteps", "600"]
-    dqn_sparse.main(parse_args(dqn_sparse.Args, dqn_sparse.preset, flags))
-    assert read_episodes(folder)[-1, 0] > 500 and json.loads((folder / "args.json").read_text())["buffer_size"] == 500
+    before = load(folder / "checkpoint.pt")["state"]["replay"]
+    train(method="gmp", buffer_size=1_000_000, total_timesteps=1_200, resume=str(folder / "checkpoint.pt"))
+    assert read_episodes(folder)[-1, 0] > 1_000
+    stop = load(folder / "checkpoint.pt")["state"]["replay"]
+    assert len(stop["is_start"]) == len(before["is_start"]) == 501
 
 
 def test_a_checkpoint_of_the_last_step_has_its_final_evaluation_once(train):

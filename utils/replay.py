@@ -222,14 +222,17 @@ class Replay:
         return rings | host | counters | {"starts": queue, "discounts": torch.from_numpy(self.discounts)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` gave. A ring that had not wrapped around yet fits into a longer one.
+        """Restores what `state_dict` gave. A ring that had not wrapped around yet fits into a longer one; one that had
+        keeps its length, as the replay of a run that is made longer does.
 
         Raises:
-            ValueError: it comes from a replay of another size, kind of environment, n or discount.
+            ValueError: it comes from a larger replay, or another kind of environment, n or discount.
         """
-        wrapped = state["added"] >= self.rows or state["added"] >= len(state["is_start"]) - self.stack
+        saved_length = len(state["is_start"])
+        if state["added"] >= saved_length - self.stack and saved_length < self.length:
+            self._shorten(saved_length)
         same_frames = state["frames"].shape[1:] == self.frames.shape[1:]
-        if not same_frames or (wrapped and len(state["is_start"]) != self.length):
+        if not same_frames or (state["added"] >= self.rows and saved_length != self.length):
             raise ValueError("its replay has another size")
         if not np.array_equal(state["discounts"], self.discounts):  # they are in every stored return
             raise ValueError("its replay has other returns")
@@ -242,6 +245,12 @@ class Replay:
             setattr(self, name, state[name])
         self.first.fill_(self.queue_first)
         self.count.fill_(self.queue_count)
+
+    def _shorten(self, length: int) -> None:
+        self.length, self.rows = length, length - self.stack
+        for name in (*RINGS, "is_start"):
+            setattr(self, name, getattr(self, name)[:length])
+        self.starts = self.starts[: self.rows * self.num_envs]
 
 
 ROW_BYTES = 8 + 4 + 4 + 4 + 1 + 8 + 1  # action, reward, discount, ahead, age, place in the queue, host's is_start
