@@ -216,6 +216,17 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
     assert 310 not in read_scalars(stopped)["losses/td_loss"][:, 0]
 
 
+def test_the_gpu_of_a_run_is_the_current_one(monkeypatch):
+    """CUDA graphs are captured there; on a GPU that is not the run's they would capture nothing."""
+    current = []
+    empty = lambda size, device: SimpleNamespace(device=torch.device("cuda:0" if device == "cuda" else device))  # noqa: E731
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    for name, index in (("cuda", 0), ("cuda:1", 1)):
+        assert runs.choose_device(Args(device=name)).index == index == current[-1].index
+
+
 def test_a_finished_run_is_lengthened(train):
     """Its replay is full and stays as long as it was, since the new length makes a longer one possible."""
     folder = train(method="gmp", buffer_size=1_000_000, checkpoint_every=500)

@@ -46,8 +46,7 @@ def choose_device(args: RunFlags) -> torch.device:
     torch.backends.cudnn.allow_tf32 = args.tf32
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # with its number
     except (RuntimeError, AssertionError):  # unknown, absent, or torch without CUDA
         fail(f"--device: expected auto, cpu, or an available GPU (cuda, cuda:1, ...), got {args.device}")
     if device.type == "cuda":
