@@ -80,6 +80,8 @@ def test_a_trained_policy_of_every_script(script, flags, tmp_path, capsys):
         np.testing.assert_allclose(output, 2 * action, rtol=1e-4, atol=1e-4)  # the bounds are -2 and 2
     else:
         assert output.argmax(1).tolist() == action.tolist()
+    (example,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    exec(example.replace("policy.pt", str(out / "policy.pt")), {})
     if onnx:
         onnx_agrees(out, policy)
 

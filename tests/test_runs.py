@@ -17,7 +17,7 @@ from conftest import CARTPOLE, ENV, ROOT, as_flags, load, run_script
 import dqn_sparse
 from dqn_sparse import Args, preset
 from utils import runs
-from utils.checkpoints import save_atomically, write_atomically
+from utils.checkpoints import all_finite, save_atomically, write_atomically
 from utils.flags import parse_args
 from utils.records import read_episodes, read_evaluations, read_scalars, training_seconds
 from utils.runs import Run, StopSignal
@@ -225,6 +225,14 @@ def test_the_gpu_of_a_run_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", str)
     for name, index in (("cuda", 0), ("cuda:1", 1)):
         assert runs.choose_device(Args(device=name)).index == index == current[-1].index
+
+
+def test_what_is_not_finite_in_a_state():
+    """An infinite tensor may be meant (the logarithm of a temperature of 0); a parameter that is infinite is not."""
+    good, bad = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(bad.bias, torch.inf)
+    assert all_finite({"network": good, "log_alpha": torch.tensor(-torch.inf), "weights": {"0": torch.zeros(2)}})
+    assert not all_finite({"network": bad}) and not all_finite({"weights": {"0": torch.tensor([0.0, torch.nan])}})
 
 
 def test_a_finished_run_is_lengthened(train):
