@@ -219,7 +219,10 @@ def test_a_longer_run_from_a_checkpoint(train, stopped):
 def test_the_gpu_of_a_run_is_the_current_one(monkeypatch):
     """CUDA graphs are captured there; on a GPU that is not the run's they would capture nothing."""
     current = []
-    empty = lambda size, device: SimpleNamespace(device=torch.device("cuda:0" if device == "cuda" else device))  # noqa: E731
+
+    def empty(size, device):
+        return SimpleNamespace(device=torch.device("cuda:0" if device == "cuda" else device))
+
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", str)
@@ -241,8 +244,8 @@ def test_a_finished_run_is_lengthened(train):
     before = load(folder / "checkpoint.pt")["state"]["replay"]
     train(method="gmp", buffer_size=1_000_000, total_timesteps=1_200, resume=str(folder / "checkpoint.pt"))
     assert read_episodes(folder)[-1, 0] > 1_000
-    stop = load(folder / "checkpoint.pt")["state"]["replay"]
-    assert len(stop["is_start"]) == len(before["is_start"]) == 501
+    after = load(folder / "checkpoint.pt")["state"]["replay"]
+    assert len(after["is_start"]) == len(before["is_start"]) == 501
 
 
 def test_a_checkpoint_of_the_last_step_has_its_final_evaluation_once(train):

@@ -69,6 +69,7 @@ def atari_game(env_id: str) -> str | None:
 
 
 def in_dm_control_suite(env_id: str) -> bool:
+    """Whether it is a task of the DeepMind Control suite (Tassa et al. 2018): these have episodes of 1,000 steps."""
     return DM_CONTROL_SUITE.fullmatch(env_id) is not None
 
 

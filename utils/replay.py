@@ -228,14 +228,17 @@ class Replay:
         Raises:
             ValueError: it comes from a larger replay, or another kind of environment, n or discount.
         """
-        saved_length = len(state["is_start"])
-        if state["added"] >= saved_length - self.stack and saved_length < self.length:
-            self._shorten(saved_length)
-        same_frames = state["frames"].shape[1:] == self.frames.shape[1:]
-        if not same_frames or (state["added"] >= self.rows and saved_length != self.length):
+        length = len(state["is_start"])
+        full = state["added"] >= min(length - self.stack, self.rows)
+        if state["frames"].shape[1:] != self.frames.shape[1:] or (full and length > self.length):
             raise ValueError("its replay has another size")
         if not np.array_equal(state["discounts"], self.discounts):  # they are in every stored return
             raise ValueError("its replay has other returns")
+        if full and length < self.length:
+            self.length, self.rows = length, length - self.stack
+            for name in (*RINGS, "is_start"):
+                setattr(self, name, getattr(self, name)[:length])
+            self.starts = self.starts[: self.rows * self.num_envs]
         for name in (*RINGS, "starts"):
             getattr(self, name)[: len(state[name])] = state[name].to(self.device)
         for name in HOST:
@@ -245,12 +248,6 @@ class Replay:
             setattr(self, name, state[name])
         self.first.fill_(self.queue_first)
         self.count.fill_(self.queue_count)
-
-    def _shorten(self, length: int) -> None:
-        self.length, self.rows = length, length - self.stack
-        for name in (*RINGS, "is_start"):
-            setattr(self, name, getattr(self, name)[:length])
-        self.starts = self.starts[: self.rows * self.num_envs]
 
 
 ROW_BYTES = 8 + 4 + 4 + 4 + 1 + 8 + 1  # action, reward, discount, ahead, age, place in the queue, host's is_start
