@@ -242,7 +242,8 @@ def test_a_finished_run_is_lengthened(train):
     """Its replay is full and stays as long as it was, since the new length makes a longer one possible."""
     folder = train(method="gmp", buffer_size=1_000_000, checkpoint_every=500)
     before = load(folder / "checkpoint.pt")["state"]["replay"]
-    train(method="gmp", buffer_size=1_000_000, total_timesteps=1_200, resume=str(folder / "checkpoint.pt"))
+    flags = {"total_timesteps": 1_200, "checkpoint_every": 600, "resume": str(folder / "checkpoint.pt")}
+    train(method="gmp", buffer_size=1_000_000, **flags)
     assert read_episodes(folder)[-1, 0] > 1_000
     after = load(folder / "checkpoint.pt")["state"]["replay"]
     assert len(after["is_start"]) == len(before["is_start"]) == 501

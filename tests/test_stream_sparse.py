@@ -297,7 +297,6 @@ def test_a_stopped_group_resumes_one_by_one(tmp_path, stop_at):
         ("--device", {"device": "cuda"}),
         ("--diagnostics-every", {"diagnostics_every": 10}),
         ("--num-seeds", {"num_seeds": 0}),
-        ("--track", {"num_seeds": 2, "track": True}),
         ("--sparsity", {"sparsity": 1.0}),
     ],
 )
@@ -305,6 +304,12 @@ def test_bad_input_is_one_line(name, flags, tmp_path):
     ended = run_script("stream_sparse.py", *as_flags(SMALL | flags | {"runs_dir": str(tmp_path / "runs")}))
     assert ended.returncode == 2 and not list(tmp_path.iterdir())
     assert ended.stderr.startswith(f"error: {name}: ") and ended.stderr.count("\n") == 1
+
+
+def test_several_agents_are_not_tracked(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(stream_sparse, tmp_path, **SMALL | {"num_seeds": 2, "track": True})
+    assert ended.value.code == 2 and "one agent" in capsys.readouterr().err
 
 
 def test_an_environment_of_ones_own(tmp_path):
