@@ -202,8 +202,8 @@ def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
 
 
 def test_a_killed_run_is_resumed_and_a_failing_one_is_reported(tmp_path, sweep):
-    process = sweep("--seed", "1", "2", "--method", "dense", "broken", "--hold", str(tmp_path / "go"))
-    held_runs(tmp_path, 1)[0].kill()
+    process = sweep("--seed", "1", "2", "--method", "dense", "broken", "--jobs", "2", "--hold", str(tmp_path / "go"))
+    held_runs(tmp_path, 2)[0].kill()
     (tmp_path / "go").touch()
     out, err = process.communicate()
     assert process.returncode == 1
