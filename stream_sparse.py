@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.envs import Policy, max_episode_steps, open_envs
-from utils.flags import NonNegativeFloat, PositiveFloat, PositiveInt, Probability, RunFlags, Seed, Sparsity, fail
+from utils.flags import CpuRunFlags, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Seed, Sparsity, fail
 from utils.launch import launch
 from utils.masks import active_count, layer_densities, mask_table, prunable, random_mask
 from utils.runs import Run
@@ -34,8 +34,8 @@ aten = torch.ops.aten  # torch's own backward kernels
 
 
 @dataclass
-class Args(RunFlags):
-    """`RunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
+class Args(CpuRunFlags):
+    """`CpuRunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
 
     # Experiment
     env_id: str = "Walker2d-v5"
@@ -438,10 +438,6 @@ def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
 @torch.inference_mode()
 def main(args: Args) -> np.ndarray:
     """Trains the agents; returns the returns (num_seeds, episodes) of their final evaluations."""
-    if args.device not in ("auto", "cpu"):
-        fail(f"--device: expected auto or cpu, since with one sample at a time a GPU waits, got {args.device}")
-    if args.diagnostics_every:
-        fail(f"--diagnostics-every: expected 0, since there is no batch to diagnose, got {args.diagnostics_every}")
     if args.track and args.num_seeds > 1:
         fail(f"--track: expected one agent, since Weights & Biases logs one run for each process, got {args.num_seeds}")
     torch.set_num_threads(1)  # work for microseconds: threads would cost more than they bring

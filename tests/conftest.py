@@ -22,6 +22,7 @@ import torch
 
 import dqn_sparse
 from utils import checkpoints, runs
+from utils.flags import RunFlags
 from utils.masks import active_count, layer_densities
 from utils.runs import CSV_HEADERS, Run, stop_signal
 
@@ -126,9 +127,10 @@ def run_main(script: ModuleType, runs_dir: Path, **flags) -> tuple[Path, np.ndar
     """`script.main` in this process, on the CPU: the run's folder, and the returns of its final evaluation (None if it
     was stopped)."""
     before = set(runs_dir.glob("*"))
+    cpu = {"device": "cpu"} if issubclass(script.Args, RunFlags) else {}
     returns = None
     try:
-        returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "device": "cpu", "eval_episodes": 1} | flags))
+        returns = script.main(script.Args(**{"runs_dir": str(runs_dir), "eval_episodes": 1} | cpu | flags))
     except SystemExit as ended:
         if ended.code != 128 + signal.SIGTERM:  # see `stop_at`
             raise

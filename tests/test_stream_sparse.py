@@ -18,7 +18,7 @@ from stream_sparse import Args, Networks, make_networks, random_masks, sparse_in
 from utils.masks import erk_densities, layer_densities, prunable
 from utils.records import read_episodes
 
-SMALL = {"env_id": "CartPole-v1", "total_timesteps": 200, "eval_episodes": 1, "device": "cpu"}
+SMALL = {"env_id": "CartPole-v1", "total_timesteps": 200, "eval_episodes": 1}
 CASES = {
     "ac continuous": {"env_id": "InvertedPendulum-v5"},
     "ac discrete": {"env_id": "CartPole-v1"},
@@ -294,8 +294,6 @@ def test_a_stopped_group_resumes_one_by_one(tmp_path, stop_at):
     [
         ("--env-id", {"env_id": "Pendulum-v1", "algorithm": "q"}),
         ("--env-id", {"env_id": "ALE/Pong-v5"}),
-        ("--device", {"device": "cuda"}),
-        ("--diagnostics-every", {"diagnostics_every": 10}),
         ("--num-seeds", {"num_seeds": 0}),
         ("--sparsity", {"sparsity": 1.0}),
     ],

@@ -187,8 +187,8 @@ def test_bad_shards_are_refused(shard):
 
 def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
     out = tmp_path / "out"
-    flags = "--env-id CartPole-v1 --total-timesteps 400 --learning-starts 100 --eval-episodes 1 --method gmp"
-    command = ["-m", "utils.sweep", "dqn_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
+    flags = "--algorithm q --env-id CartPole-v1 --total-timesteps 400 --eval-episodes 1 --method random"
+    command = ["-m", "utils.sweep", "stream_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
     ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "2 done" in ended.stdout and f"utils.compare '{out}/*/*'" in ended.stdout

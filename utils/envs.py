@@ -40,7 +40,7 @@ from gymnasium.wrappers import (
 )
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from utils.flags import Diverged, RunFlags, fail, first_line, flag
+from utils.flags import CpuRunFlags, Diverged, fail, first_line, flag
 
 gym.register_envs(ale_py)
 # Pictures are drawn into memory only; without a screen, these would complain of its absence
@@ -364,7 +364,7 @@ class TrainingEnvs(VectorWrapper):
             raise EnvironmentFailed(f"the environment gave {what} that is not a finite float32 number")
 
 
-def protocol(args: RunFlags) -> dict[str, float | Pixels]:
+def protocol(args: CpuRunFlags) -> dict[str, float | Pixels]:
     """The keywords of `make_envs` that these flags give."""
     names = ("sticky_actions", "noop_max", "action_repeat")
     keywords = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -373,7 +373,7 @@ def protocol(args: RunFlags) -> dict[str, float | Pixels]:
     return keywords
 
 
-def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Space], ...]) -> VectorEnv:
+def open_envs(args: CpuRunFlags, action_space: type[gym.Space] | tuple[type[gym.Space], ...]) -> VectorEnv:
     """The training environments of `--env-id` and `--num-envs`; with `--save-dataset`, they log what passes.
 
     An id that is unknown, cannot be made on this machine, or has other spaces than `action_space` (`Discrete`, `Box`
@@ -415,7 +415,7 @@ def open_envs(args: RunFlags, action_space: type[gym.Space] | tuple[type[gym.Spa
     return TrainingEnvs(envs)
 
 
-def log_dataset(envs: VectorEnv, args: RunFlags) -> VectorEnv:
+def log_dataset(envs: VectorEnv, args: CpuRunFlags) -> VectorEnv:
     from utils.offline.write import LogDataset  # other runs do not need it
 
     stack = stack_size(args.env_id)
@@ -438,7 +438,7 @@ EVALUATION_ROWS = 8  # episodes that are played side by side
 
 
 def evaluate(
-    args: RunFlags, policy: Policy, episodes: int, seed: int, video_folder: Path | None = None
+    args: CpuRunFlags, policy: Policy, episodes: int, seed: int, video_folder: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Plays `episodes` episodes of `args.env_id` and returns their returns (float64) and lengths (int64), (episodes,).
 

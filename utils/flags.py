@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple, TypeVar, get_args, get_type_hints
 
 from utils.command_line import fail, flag, given_flags, make_parser
 
-ArgsT = TypeVar("ArgsT", bound="RunFlags")
+ArgsT = TypeVar("ArgsT", bound="CpuRunFlags")
 
 
 class InputError(Exception):
@@ -43,16 +43,10 @@ PositiveFraction = Annotated[float, Range("a number in (0, 1]", lambda x: 0 < x 
 
 
 @dataclass
-class RunFlags:
+class CpuRunFlags:
     """Flags that say how to run a script, and change nothing of what it learns."""
 
     # Running
-    device: str = "auto"
-    """device to train on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
-    cuda_graph: bool = True
-    """on a GPU, capture the update and the policy as CUDA graphs and replay them"""
-    tf32: bool = True
-    """on a GPU, use TF32 (10-bit mantissa) for matrix products and convolutions, as JAX does by default"""
     runs_dir: str = "runs"
     """parent directory of the run folders"""
     track: bool = False
@@ -71,6 +65,19 @@ class RunFlags:
     """episodes of each evaluation"""
     capture_video: bool = False
     """record the episodes of the final evaluation as MP4"""
+
+
+@dataclass
+class RunFlags(CpuRunFlags):
+    """And those of scripts that learn from batches, on a GPU if there is one."""
+
+    # Running
+    device: str = "auto"
+    """device to train on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    cuda_graph: bool = True
+    """on a GPU, capture the update and the policy as CUDA graphs and replay them"""
+    tf32: bool = True
+    """on a GPU, use TF32 (10-bit mantissa) for matrix products and convolutions, as JAX does by default"""
     diagnostics_every: NonNegativeInt = 0
     """steps between diagnostics (dormant units, ranks, norms, gradient interference); 0 disables them"""
 
@@ -78,7 +85,7 @@ class RunFlags:
 RESUMABLE = {field.name for field in fields(RunFlags)} - {"runs_dir"} | {"total_timesteps", "total_updates"}
 
 
-def check_flags(args: RunFlags) -> None:
+def check_flags(args: CpuRunFlags) -> None:
     """Ends the program with one line unless every flag is within the range that its type annotation gives."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)

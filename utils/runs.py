@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from utils.checkpoints import all_finite, load_checkpoint, load_state, save_atomically, state_of, write_atomically
 from utils.envs import EVALUATION_SEED, Policy, evaluate
-from utils.flags import Diverged, RunFlags, fail, first_line
+from utils.flags import CpuRunFlags, Diverged, RunFlags, fail, first_line
 from utils.masks import active_count, sparsity_scalars
 
 REPEATED_SIGNAL = 2.0  # seconds in which a second signal is taken for an echo of the first
@@ -106,7 +106,7 @@ class Run:
 
     def __init__(
         self,
-        args: RunFlags,
+        args: CpuRunFlags,
         script: str,
         state: dict[str, object],
         rng: np.random.Generator,

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -310,6 +310,7 @@ def main(args: Args, words: list[str]) -> None:
     if not args.script.is_file():
         fail(f"script: expected a training script, got {args.script}, which is not a file")
     script = import_file(args.script)
+    takes_gpu = "device" in {field.name for field in fields(script.Args)}
     axes = grid.find_axes(words, script)
     cells = take_shard(grid.make_cells(axes, script, args.out), args.shard)
     if args.dry_run:
@@ -326,8 +327,8 @@ def main(args: Args, words: list[str]) -> None:
     ray = start_ray(args)
     resources = ray.cluster_resources()
     if args.gpus_per_run is None:
-        args.gpus_per_run = 1.0 if resources.get("GPU") else 0.0
-    if args.gpus_per_run == 0 and "device" not in axes:  # Ray does not hide GPUs from runs that have none
+        args.gpus_per_run = 1.0 if takes_gpu and resources.get("GPU") else 0.0
+    if takes_gpu and args.gpus_per_run == 0 and "device" not in axes:  # Ray does not hide GPUs from runs that have none
         cells = [cell._replace(flags=(*cell.flags, "--device", "cpu")) for cell in cells]
     at_once = concurrency(args, resources)
     args.out.mkdir(parents=True, exist_ok=True)
