@@ -54,10 +54,11 @@ def known_flags(args_class: type, argv: Sequence[str]) -> tuple[dict, list[str]]
 
 def nearest(word: str, names: Sequence[str]) -> str:
     """The flags that `word` may mean: spelled alike, or it is a part (--lr of --policy-lr) or the initials of them."""
-    found = [f"--{name}" for name in difflib.get_close_matches(word[2:], [name[2:] for name in names], n=2)]
+    bare = word.lstrip("-")
+    found = [flag(name) for name in difflib.get_close_matches(bare, [name[2:] for name in names], n=2)]
     for name in names:
         parts = name[2:].split("-")
-        if word[2:] in parts or word[2:] == "".join(part[0] for part in parts):
+        if bare in parts or bare == "".join(part[0] for part in parts):
             found.append(name)
     return " or ".join(dict.fromkeys(found))
 
