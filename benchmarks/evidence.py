@@ -174,7 +174,8 @@ def draw(tasks: dict, out: Path) -> None:
             own = [cell for cell in in_order(cells) if cell._replace(width=0) == line]
             same_method = [other for other in lines if other.method == line.method]
             style = ("-", "--", ":", "-.")[same_method.index(line) % 4]
-            offset = 0.5 / len(lines) * (number - (len(lines) - 1) / 2)  # side by side
+            fill = ("full", "none", "left", "right")[same_method.index(line) % 4]
+            offset = 0.06 * (number - (len(lines) - 1) / 2)  # side by side
             middles, places = [], []
             for cell in own:
                 scores = np.array([curve.score for curve in cells[cell].values()])
@@ -188,7 +189,8 @@ def draw(tasks: dict, out: Path) -> None:
                 right.plot(step, curves.mean(0), style, color=color, linewidth=thickness, label=label)
             value, low, high = np.array(middles).T
             error = np.maximum([value - low, high - value], 0)
-            left.errorbar(places, value, error, color=color, marker=marker, linestyle=style, capsize=3, label=line.name)
+            looks = {"color": color, "marker": marker, "fillstyle": fill, "linestyle": style}
+            left.errorbar(places, value, error, capsize=3, label=line.name, **looks)
         left.set_xticks(range(len(widths)), [str(width) for width in widths])
         left.set(title=f"{script} on {env_id}", xlabel="width", ylabel="return, last tenth of training")
         right.set(xlabel="agent steps", ylabel="return")
