@@ -49,6 +49,12 @@ hypothesis.settings.register_profile("suite", deadline=None)  # machines may be 
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items):
+    """Modules with long tests first, so that no process is left with one of them at the end."""
+    long = ("test_sweep", "test_learning", "test_iqn_pruned", "test_stream_sparse", "test_golden")
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def as_flags(values: dict) -> list[str]:
     """{"n_step": 3, "double": False} -> ["--n-step", "3", "--no-double"]"""
     flags = []
