@@ -59,6 +59,13 @@ def test_scores_intervals_and_improvement(run, compared):
     assert ends == [[pytest.approx(row.score.low), pytest.approx(row.score.high)] for row in rows[1:]]
 
 
+def test_large_and_small_scores_have_no_exponents(run, compared):
+    run("one", 12_345.6, method="dense", seed=1)
+    run("two", 0.0123456, method="gmp", seed=1)
+    _, _, table, _ = compared()
+    assert "| 12,346 [12,346, 12,346] |" in table and "| 0.0123 [0.0123, 0.0123] |" in table
+
+
 def test_evaluations_instead_of_training_episodes(logged_run, compared):
     evaluations = [(500, k, 1.0, 9) for k in range(3)] + [(1_000, k, 10.0 * k, 9) for k in range(3)]
     logged_run("online", [(step, 3.0, 10) for step in range(10, 1_001, 10)], evaluations=evaluations)

@@ -101,6 +101,13 @@ def test_runs_that_differ_are_not_averaged_silently(logged_run, drawn, tmp_path,
     assert "width" in notes and "runs_dir" not in notes and "seed" not in notes
 
 
+@pytest.mark.parametrize("name", ["a.b", "a.b.png", "a.b.pdf"])
+def test_a_figure_has_two_files(name, logged_run, tmp_path):
+    logged_run("one", constant(1.0))
+    plot.main(plot.Args((str(tmp_path / "logged/*"),), out=tmp_path / "figures" / name))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"a.b.png", "a.b.pdf"}
+
+
 def test_a_figure_that_cannot_be_written(logged_run, tmp_path, capsys):
     logged_run("one", constant(1.0))
     (tmp_path / "file").touch()

@@ -58,7 +58,7 @@ class Args:
     runs: Annotated[tuple[str, ...], Positional]
     """folders of runs, or patterns of them in quotes"""
     out: Path = Path("comparison")
-    """path of the figure, without .png and .pdf"""
+    """path of the figure, which is written as a PNG and as a PDF"""
     by: str = ""
     """more flags that tell rows apart, separated by commas: algorithm or bias, for example"""
     evaluations: bool = False
@@ -169,14 +169,19 @@ def markdown(rows: Sequence[Row], score_name: str) -> str:
         "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        score = f"{row.score.value:.3g} [{row.score.low:.3g}, {row.score.high:.3g}]"
+        score = f"{rounded(row.score.value)} [{rounded(row.score.low)}, {rounded(row.score.high)}]"
         better = f"{row.better.value:.2f} [{row.better.low:.2f}, {row.better.high:.2f}]" if row.better else ""
         weights = f"{row.cost.active:,} of {row.cost.total:,}" if row.cost else ""
-        flops = f"{row.cost.flops / 1e6:.3g}" if row.cost else ""
+        flops = rounded(row.cost.flops / 1e6) if row.cost else ""
         method = row.kind.label(several_scripts)
         cells = (row.kind.width, method, row.runs, score, better, weights, flops, f"{row.minutes:.1f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def rounded(value: float) -> str:
+    """Three significant digits, or a whole number, never an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def draw(axes: plt.Axes, rows: Sequence[Row], title: str, score_name: str) -> None:

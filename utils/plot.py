@@ -57,7 +57,7 @@ class Args:
     scalars: tuple[str, ...] = ()
     """also draw these logged scalars; * matches anything"""
     out: Path = Path("curves")
-    """path of the figure, without .png and .pdf"""
+    """path of the figure, which is written as a PNG and as a PDF"""
     evaluations: bool = False
     """draw the evaluations (--eval-every) instead of the training episodes"""
 

@@ -78,17 +78,19 @@ def warn(message: str) -> None:
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Writes `out`.png and `out`.pdf; ends the program with one line if it cannot."""
+    """Writes `out`.png and `out`.pdf, whether or not `out` has one of these suffixes; ends the program with one line if
+    it cannot."""
     if out.is_dir():
-        fail(f"--out: {out} is a folder; name a file in it, without its suffix")
+        fail(f"--out: {out} is a folder; name a file in it")
+    stem = out.stem if out.suffix in (".png", ".pdf") else out.name
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("png", "pdf"):
-            path = out.with_name(f"{out.name}.{suffix}")
+            path = out.with_name(f"{stem}.{suffix}")
             figure.savefig(path)
             print(f"wrote {path}")
     except (OSError, ValueError) as error:  # an empty name is a ValueError
-        fail(f"--out: got {out}, expected a file that can be written, without its suffix: {error}")
+        fail(f"--out: got {out}, expected a file that can be written: {error}")
 
 
 def read_run(folder: Path) -> LoggedRun:
