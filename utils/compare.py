@@ -180,7 +180,7 @@ def markdown(rows: Sequence[Row], score_name: str) -> str:
 
 
 def rounded(value: float) -> str:
-    """Three significant digits, or a whole number, never an exponent."""
+    """Three significant digits, or from 1,000 on a whole number."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 

@@ -69,7 +69,7 @@ class CpuRunFlags:
 
 @dataclass
 class RunFlags(CpuRunFlags):
-    """And those of scripts that learn from batches, on a GPU if there is one."""
+    """`CpuRunFlags`, and those of a script that learns from batches, on a GPU if there is one."""
 
     # Running
     device: str = "auto"
