@@ -173,8 +173,7 @@ def draw(tasks: dict, out: Path) -> None:
             color, marker = STYLES.get(line.method, OTHER)
             own = [cell for cell in in_order(cells) if cell._replace(width=0) == line]
             same_method = [other for other in lines if other.method == line.method]
-            style = ("-", "--", ":", "-.")[same_method.index(line) % 4]
-            fill = ("full", "none", "left", "right")[same_method.index(line) % 4]
+            style, fill = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "right"))[same_method.index(line) % 4]
             offset = 0.06 * (number - (len(lines) - 1) / 2)  # side by side
             middles, places = [], []
             for cell in own:

@@ -77,6 +77,8 @@ def test_a_flag_in_cleanrls_spelling():
     ("words", "names"),
     [
         (["--lr", "0.1"], ["--lr", "--learning-rate"]),
+        (["-lr", "0.1"], ["-lr", "--learning-rate"]),
+        (["--divice", "cpu"], ["--divice", "did you mean --device?"]),
         (["--learning-rat=1"], ["--learning-rat", "--learning-rate"]),
         (["--timesteps", "3"], ["--total-timesteps"]),
         (["--zzz"], ["--zzz", "--help"]),

@@ -310,7 +310,6 @@ def main(args: Args, words: list[str]) -> None:
     if not args.script.is_file():
         fail(f"script: expected a training script, got {args.script}, which is not a file")
     script = import_file(args.script)
-    takes_gpu = "device" in {field.name for field in fields(script.Args)}
     axes = grid.find_axes(words, script)
     cells = take_shard(grid.make_cells(axes, script, args.out), args.shard)
     if args.dry_run:
@@ -326,6 +325,7 @@ def main(args: Args, words: list[str]) -> None:
 
     ray = start_ray(args)
     resources = ray.cluster_resources()
+    takes_gpu = "device" in {field.name for field in fields(script.Args)}
     if args.gpus_per_run is None:
         args.gpus_per_run = 1.0 if takes_gpu and resources.get("GPU") else 0.0
     if takes_gpu and args.gpus_per_run == 0 and "device" not in axes:  # Ray does not hide GPUs from runs that have none
