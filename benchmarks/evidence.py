@@ -4,7 +4,8 @@
     python benchmarks/evidence.py draw                 # all figures of docs/evidence.md again, tables to stdout
 
 A row of the csv file is a fiftieth of a run: the mean return of the training episodes that ended in it. The last row of
-a run also has the mean return of its final evaluation. A run's score is its mean over the last tenth of training.
+a run also has the mean return of its final evaluation, and of a run with `--diagnostics-every` the means of some of the
+diagnostics over the last fifth of training. A run's score is its mean return over the last tenth of training.
 """
 
 import argparse
@@ -30,7 +31,15 @@ from utils.curves import styled  # noqa: E402
 from utils.flags import fail  # noqa: E402
 
 STRETCHES = 50  # of a run
-COLUMNS = ("script", "env_id", "method", "sparsity", "width", "bias", "seed", "step", "return", "evaluation")
+DIAGNOSTICS = {  # logged tag, and what a table calls it
+    "diagnostics/head.dense/dormant_0.025": "dormant units",
+    "diagnostics/srank": "effective rank",
+    "diagnostics/weight_norm": "weight norm",
+    "diagnostics/target_variance": "target variance",
+    "diagnostics/gradient_cosine": "gradient cosine",
+}
+KEY = ("script", "env_id", "method", "sparsity", "width", "bias", "seed")  # what tells a run from others
+COLUMNS = (*KEY, "step", "return", "evaluation", *DIAGNOSTICS)
 
 
 class Cell(NamedTuple):
@@ -48,11 +57,13 @@ class Cell(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One run: mean returns (n,) at the ends of its stretches (n,), and of its final evaluation."""
+    """One run: mean returns (n,) at the ends of its stretches (n,), that of its final evaluation, and its diagnostics
+    (len(DIAGNOSTICS),); what was not logged is nan."""
 
     step: np.ndarray
     value: np.ndarray
     evaluation: float
+    diagnostics: np.ndarray
 
     @property
     def score(self) -> float:
@@ -79,11 +90,22 @@ def rows_of(run: LoggedRun, steps: int) -> list[list]:
     for begin, end in itertools.pairwise(ends):
         inside = returns[(returns[:, 0] > begin) & (returns[:, 0] <= end), 1]
         if len(inside):
-            rows.append([*key, int(end), f"{inside.mean():.4g}", ""])
+            rows.append([*key, int(end), f"{inside.mean():.4g}"] + [""] * (1 + len(DIAGNOSTICS)))
     evaluations = run.evaluations
     if rows and len(evaluations) and steps == run.total_steps:
-        rows[-1][-1] = f"{evaluations[evaluations[:, 0] == evaluations[-1, 0], 2].mean():.4g}"
+        final = evaluations[evaluations[:, 0] == evaluations[-1, 0], 2].mean()
+        rows[-1][COLUMNS.index("evaluation") :] = [f"{final:.4g}", *diagnostics_of(run)]
     return rows
+
+
+def diagnostics_of(run: LoggedRun) -> list[str]:
+    """The mean of each of `DIAGNOSTICS` over the last fifth of training; empty if it was not logged."""
+    logged = defaultdict(list)
+    with (run.folder / "scalars.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["tag"] in DIAGNOSTICS and int(row["step"]) > 0.8 * run.total_steps:
+                logged[row["tag"]].append(float(row["value"]))
+    return [f"{np.mean(logged[tag]):.4g}" if tag in logged else "" for tag in DIAGNOSTICS]
 
 
 def collect(patterns: list[str], out: Path, steps: int | None) -> None:
@@ -95,7 +117,8 @@ def collect(patterns: list[str], out: Path, steps: int | None) -> None:
     collected: dict[tuple, list] = {}
     if out.exists():
         with out.open() as file:
-            for row in list(csv.reader(file))[1:]:
+            for row in csv.DictReader(file):
+                row = [row.get(column, "") for column in COLUMNS]  # files may be older than a column
                 collected.setdefault(identity(row), []).append(row)
     new: dict[tuple, LoggedRun] = {}
     for run in find_runs(patterns):
@@ -115,8 +138,8 @@ def collect(patterns: list[str], out: Path, steps: int | None) -> None:
 
 
 def identity(row: list) -> tuple:
-    """What tells a run from others: all columns before the step."""
-    script, env_id, method, *numbers = row[: COLUMNS.index("step")]
+    """The values of `KEY`, with numbers as such: 0.90 is 0.9."""
+    script, env_id, method, *numbers = row[: len(KEY)]
     return script, env_id, method, *map(float, numbers)
 
 
@@ -129,12 +152,14 @@ def read(path: Path) -> dict[tuple[str, str], dict[Cell, dict[int, Curve]]]:
     with path.open() as file:
         for row in csv.DictReader(file):
             cell = Cell(row["method"], float(row["sparsity"]), int(row["width"]), row["bias"] == "1")
-            value = (int(row["step"]), float(row["return"]), float(row["evaluation"] or "nan"))
+            last = [float(row.get(column) or "nan") for column in ("evaluation", *DIAGNOSTICS)]
+            value = (int(row["step"]), float(row["return"]), *last)
             points[(row["script"], row["env_id"]), cell, int(row["seed"])].append(value)
     tasks: dict = {}
     for (task, cell, seed), rows in points.items():
-        step, value, evaluation = np.array(rows).T
-        tasks.setdefault(task, {}).setdefault(cell, {})[seed] = Curve(step, value, evaluation[-1])
+        step, value, evaluation, *diagnostics = np.array(rows).T
+        curve = Curve(step, value, evaluation[-1], np.array([column[-1] for column in diagnostics]))
+        tasks.setdefault(task, {}).setdefault(cell, {})[seed] = curve
     return tasks
 
 
@@ -154,6 +179,21 @@ def table(cells: dict[Cell, dict[int, Curve]]) -> str:
         evaluation = "" if np.isnan(evaluation) else f"{evaluation:.4g}"
         lines.append(f"| {cell.name} | {cell.width} | {len(scores)} | {shown} | {each} | {evaluation} |")
     return "\n".join(lines)
+
+
+def diagnostics_table(cells: dict[Cell, dict[int, Curve]]) -> str:
+    """Markdown: the mean of each diagnostic over the runs of a cell, and their range; empty if none were logged."""
+    lines = [
+        f"| method | width | runs | {' | '.join(DIAGNOSTICS.values())} |",
+        f"|---|--:|--:|{'--:|' * len(DIAGNOSTICS)}",
+    ]
+    for cell in in_order(cells):
+        values = np.array([curve.diagnostics for curve in cells[cell].values()])  # (runs, diagnostics)
+        values = values[~np.isnan(values).all(1)]
+        if len(values):
+            shown = (f"{column.mean():.3g} ({column.min():.3g} to {column.max():.3g})" for column in values.T)
+            lines.append(f"| {cell.name} | {cell.width} | {len(values)} | {' | '.join(shown)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def in_order(cells: dict[Cell, dict[int, Curve]]) -> list[Cell]:
@@ -217,7 +257,7 @@ def main() -> None:
         tasks = read(path)
         draw(tasks, ROOT / "docs" / f"evidence_{path.stem}.png")
         for (script, env_id), cells in tasks.items():
-            print(f"\n{path.stem}: {script} on {env_id}\n\n{table(cells)}\n")
+            print(f"\n{path.stem}: {script} on {env_id}\n\n{table(cells)}\n\n{diagnostics_table(cells)}\n")
 
 
 if __name__ == "__main__":

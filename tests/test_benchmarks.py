@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -82,6 +83,27 @@ def test_collected_runs_are_added_and_replaced(logged_run, tmp_path):
     [cells] = evidence.read(out).values()
     [curves] = cells.values()
     assert {seed: list(curve.value) for seed, curve in curves.items()} == {1: [60], 2: [20, 40]}
+
+
+def test_collected_diagnostics_are_means_over_the_last_fifth(logged_run, tmp_path):
+    out, tag = tmp_path / "results.csv", "diagnostics/srank"
+    out.write_text(
+        "script,env_id,method,sparsity,width,bias,seed,step,return,evaluation\n"
+    )  # from before these columns
+    for seed, last in ((1, 30), (2, 32)):
+        scalars = {tag: [(800, 90), (900, 20), (1_000, last)]}
+        evaluations = [(1_000, 1, 50, 50), (1_000, 2, 70, 70)]
+        logged_run(f"CartPole-v1__dqn_sparse__{seed}__1", [(1_000, 20, 20)], scalars, True, evaluations, seed=seed)
+    logged_run("CartPole-v1__dqn_sparse__3__1", [(1_000, 20, 20)], evaluations=evaluations, seed=3)
+    evidence.collect([str(tmp_path / "logged/*")], out, None)
+    [cells] = evidence.read(out).values()
+    [curves] = cells.values()
+    place = list(evidence.DIAGNOSTICS).index(tag)
+    assert [curve.diagnostics[place] for curve in curves.values()][:2] == [25, 26]
+    assert np.isnan(curves[3].diagnostics).all() and curves[3].evaluation == 60
+    assert "| gmp 0.9 | 1 | 2 |" in evidence.diagnostics_table(cells)
+    assert "25.5 (25 to 26)" in evidence.diagnostics_table(cells)
+    assert evidence.diagnostics_table({cell: {3: curves[3]} for cell in cells}) == ""
 
 
 def test_runs_that_the_table_cannot_tell_apart(logged_run, tmp_path, capsys):

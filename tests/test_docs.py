@@ -93,6 +93,7 @@ def test_tables_of_the_evidence_are_those_of_the_data(data):
     page = (ROOT / "docs" / "evidence.md").read_text()
     for cells in evidence.read(data).values():
         assert evidence.table(cells) in page
+        assert evidence.diagnostics_table(cells) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
