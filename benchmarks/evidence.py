@@ -1,6 +1,6 @@
 """Published results: small per-seed data of finished runs, and the figures and tables that are made from it.
 
-    python benchmarks/evidence.py collect "sweeps/minatar/*/*" --out results/minatar.csv
+    python benchmarks/evidence.py collect "sweeps/asterix/*/*/*" --out results/asterix.csv
     python benchmarks/evidence.py draw                 # all figures of docs/evidence.md again, tables to stdout
 
 A row of the csv file is a fiftieth of a run: the mean return of the training episodes that ended in it. The last row of
