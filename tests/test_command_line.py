@@ -137,7 +137,7 @@ def test_help_fits_the_terminal_and_shows_the_environments_defaults(capsys, monk
         parse_args(dqn_sparse.Args, dqn_sparse.preset, ["--env-id", "CartPole-v1", "--width", "3", "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    for part in ("Exploration:", "Replay:", "Sparsity:", "Running:", "(default: CartPole-v1)", "(default: 30000)"):
+    for part in ("Exploration:", "Replay:", "Sparsity:", "Running:", "(default: CartPole-v1)", "(default: 60000)"):
         assert part in text
     assert "(default: 3)" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("    python ")) <= 80

@@ -58,8 +58,8 @@ def test_the_folder_of_a_run(tmp_path):
     assert read_evaluations(folder)[:, :2].tolist() == [[500, 0], [500, 1], [500, 2]]
     scalars = read_scalars(folder)
     assert scalars["sparsity/global"][-1].tolist() == [500, pytest.approx(0.95, abs=1e-4)]
-    # from 1 at step 100 to the preset's 0.05 at step 300, when the action of the step was chosen
-    epsilon = [[step, pytest.approx(1 - 0.95 * (step - 1 - 100) / 200)] for step in (200, 300)]
+    # from 1 at step 100 to the preset's 0.01 at step 300, when the action of the step was chosen
+    epsilon = [[step, pytest.approx(1 - 0.99 * (step - 1 - 100) / 200)] for step in (200, 300)]
     assert scalars["charts/epsilon"][:2].tolist() == epsilon
     assert {"losses/td_loss", "sparsity/head.dense.weight", "sparsity/drop_fraction", "charts/SPS"} <= set(scalars)
     assert training_seconds(folder) > 0
