@@ -146,7 +146,7 @@ CLASSIC_CONTROL = {
     "eval_episodes": 20,
     "total_timesteps": 60_000,
     "learning_rate": 2.5e-4,
-    "adam_eps": 0.01,  # steps shrink with the gradient, so that the policy settles
+    "adam_eps": 0.01,  # large: Adam's steps shrink with the gradient, so that the policy settles
     "batch_size": 64,
     "buffer_size": 60_000,
     "learning_starts": 1_000,

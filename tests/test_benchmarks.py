@@ -87,9 +87,7 @@ def test_collected_runs_are_added_and_replaced(logged_run, tmp_path):
 
 def test_collected_diagnostics_are_means_over_the_last_fifth(logged_run, tmp_path):
     out, tag = tmp_path / "results.csv", "diagnostics/srank"
-    out.write_text(
-        "script,env_id,method,sparsity,width,bias,seed,step,return,evaluation\n"
-    )  # from before these columns
+    out.write_text(",".join([*evidence.KEY, "step", "return", "evaluation"]) + "\n")  # from before these columns
     for seed, last in ((1, 30), (2, 32)):
         scalars = {tag: [(800, 90), (900, 20), (1_000, last)]}
         evaluations = [(1_000, 1, 50, 50), (1_000, 2, 70, 70)]
