@@ -29,6 +29,7 @@ from utils.analysis.statistics import bootstrap, mean  # noqa: E402
 from utils.compare import OTHER, STYLES  # noqa: E402
 from utils.curves import styled  # noqa: E402
 from utils.flags import fail  # noqa: E402
+from utils.records import read_scalars  # noqa: E402
 
 STRETCHES = 50  # of a run
 DIAGNOSTICS = {  # logged tag, and what a table calls it
@@ -100,12 +101,9 @@ def rows_of(run: LoggedRun, steps: int) -> list[list]:
 
 def diagnostics_of(run: LoggedRun) -> list[str]:
     """The mean of each of `DIAGNOSTICS` over the last fifth of training; empty if it was not logged."""
-    logged = defaultdict(list)
-    with (run.folder / "scalars.csv").open() as file:
-        for row in csv.DictReader(file):
-            if row["tag"] in DIAGNOSTICS and int(row["step"]) > 0.8 * run.total_steps:
-                logged[row["tag"]].append(float(row["value"]))
-    return [f"{np.mean(logged[tag]):.4g}" if tag in logged else "" for tag in DIAGNOSTICS]
+    logged = read_scalars(run.folder)
+    last = {tag: logged[tag][logged[tag][:, 0] > 0.8 * run.total_steps, 1] for tag in DIAGNOSTICS if tag in logged}
+    return [f"{last[tag].mean():.4g}" if tag in last else "" for tag in DIAGNOSTICS]
 
 
 def collect(patterns: list[str], out: Path, steps: int | None) -> None:

@@ -56,6 +56,10 @@ def test_hyperparameter_table_is_that_of_the_script(script, presets):
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def presets_of(module) -> dict[str, dict]:
+    return {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, dict)}
+
+
 def basis(name: str) -> str:
     """Digest of what a script's results rest on: its golden runs, and the defaults of its flags and presets. After the
     script may come the one preset that counts: dqn_sparse.MINATAR."""
@@ -67,8 +71,7 @@ def basis(name: str) -> str:
         for case, methods in golden.items()
         if case.split()[0] == script
     }
-    presets = {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, dict)}
-    presets = {preset: presets[preset]} if preset else presets
+    presets = {preset: getattr(module, preset)} if preset else presets_of(module)
     flags = {field.name: field.default for field in dataclasses.fields(module.Args) if field.name not in RUNNING}
     content = json.dumps([digests, flags, presets], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
@@ -115,9 +118,6 @@ def test_the_readme_says_how_much_a_fork_brings_along():
 
 if __name__ == "__main__":
     for script in sorted(path.stem for path in ROOT.glob("*_*.py")):
-        module = importlib.import_module(script)
-        presets = [
-            f"{script}.{name}" for name, value in vars(module).items() if name.isupper() and isinstance(value, dict)
-        ]
-        for name in [script, *presets]:
+        presets = presets_of(importlib.import_module(script))
+        for name in [script, *(f"{script}.{preset}" for preset in presets)]:
             print(name, basis(name))
