@@ -56,8 +56,8 @@ from utils.runs import Run, choose_device
 
 @dataclass
 class Args(RunFlags):
-    """Defaults for Atari and `--loss huber`; C51 and CLASSIC_CONTROL replace some of them. `RunFlags` adds flags that
-    change nothing of what is learned: device, logging, checkpoints, evaluation. Steps are updates here."""
+    """Defaults for Atari and `--loss huber`; C51, MINATAR and CLASSIC_CONTROL replace some of them. `RunFlags` adds
+    flags that do not affect learning: device, logging, checkpoints, evaluation. Steps are updates here."""
 
     # Experiment
     dataset: str = ""
@@ -83,7 +83,7 @@ class Args(RunFlags):
     cql_alpha: NonNegativeFloat = 0.1
     """weight of the CQL regulariser; 0 is plain offline DQN or C51"""
     network: Literal["impala", "nature"] = "impala"
-    """network for images: the 15-layer Impala ResNet, or the CNN of Mnih et al. (2015); vectors get an MLP"""
+    """network for Atari: the 15-layer Impala ResNet, or the CNN of Mnih et al. (2015)"""
     learning_rate: PositiveFloat = 5e-5
     """learning rate of Adam"""
     adam_eps: PositiveFloat = 3.125e-4
@@ -110,7 +110,7 @@ class Args(RunFlags):
     # Evaluation protocol (Machado et al. 2018)
     eval_epsilon: Probability = 0.001
     """epsilon of evaluations"""
-    sticky_actions: Sparsity = 0.25
+    sticky_actions: Probability = 0.25
     """Atari: probability that the emulator repeats the previous action"""
     noop_max: NonNegativeInt = 0
     """Atari: maximum number of no-op actions at the start of an episode (30 in Mnih et al. 2015)"""
@@ -123,7 +123,7 @@ class Args(RunFlags):
     distribution: Literal["erk", "uniform"] = "erk"
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
-    """multiplies the channels of the convolutions, and the hidden units with vectors and MinAtar"""
+    """multiplies the channels of the convolutions; for vectors and MinAtar, the hidden units too"""
     bias: bool = True
     """give the layers biases"""
     prune_start: Probability = 0.2
@@ -140,7 +140,7 @@ class Args(RunFlags):
     """rigl, set: initial fraction of a layer's connections that a mask update replaces; cosine-annealed to 0"""
 
 
-# Defaults for --loss c51 (explicit flags win): CQL+C51.
+# Defaults for --loss c51 (explicit flags win): CQL+C51 of Obando-Ceron et al. (2024).
 C51 = {
     "learning_rate": 6.25e-5,
     "adam_eps": 1.5e-4,
@@ -150,7 +150,7 @@ C51 = {
     "dueling": True,
 }
 
-# Defaults for MinAtar, with either loss.
+# Defaults for MinAtar, with any loss.
 MINATAR = {
     "eval_every": 25_000,
     "eval_episodes": 100,
@@ -163,7 +163,7 @@ MINATAR = {
     "v_max": 100.0,
 }
 
-# Defaults for vector observations, with either loss.
+# Defaults for vector observations, with any loss.
 CLASSIC_CONTROL = {
     "eval_every": 1_000,
     "eval_episodes": 20,
@@ -323,7 +323,7 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
 
 
 def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
-    """(start, end, interval): masks change every `interval` updates after update `start`, and last at `end`."""
+    """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
     if args.method in ("dense", "random"):
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
@@ -456,7 +456,7 @@ class QValues(nn.Module):
 
 
 def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
-    """What `utils.export` writes: observations (n, *obs shape) -> Q (n, A)."""
+    """The network that acts greedily, for `utils.export`: observations (n, *obs shape) -> Q (n, A)."""
     q_network = networks["q_network"]
     return QValues(q_network, make_support(args, next(q_network.parameters()).device))
 
@@ -493,10 +493,8 @@ def main(args: Args) -> np.ndarray:
     envs = open_envs(args, gym.spaces.Discrete)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
-    if device.type == "cpu" and len(obs_space.shape) == 3:
-        print(
-            "images need a GPU; for a task of minutes on a CPU, see the first two commands at the top of cql_pruned.py"
-        )
+    if device.type == "cpu" and atari_game(args.env_id):
+        print("note: Atari takes weeks on a CPU; for a task of minutes, see the first two commands in cql_pruned.py")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = make_networks(args, obs_space, action_space)
@@ -533,14 +531,15 @@ def main(args: Args) -> np.ndarray:
     update = run.update  # 0, or that of the checkpoint that --resume names
 
     def learn(mask_progress: float | None = None) -> list[torch.Tensor]:
-        """One gradient step, and the mask update if one is due, at this fraction of its schedule.
+        """One update; `mask_progress` is the fraction of the mask schedule that is over, if a mask update is due.
 
         Returns parts of the loss and means of Q, see `loss_terms`.
         """
         batch = replay.sample(args.batch_size)
         loss, *terms = loss_terms(q_network, target_network, batch, support, args)
         optimizer.zero_grad()
-        loss.backward()  # dense gradients: masks multiply the weights, not the forward pass. RigL grows by them
+        # Masks multiply the stored weights, not the forward pass, so pruned weights get gradients: RigL grows by them
+        loss.backward()
 
         # Masks
         if mask_progress is None:
@@ -550,9 +549,10 @@ def main(args: Args) -> np.ndarray:
             optimizer.step()
         else:  # RigL and SET: the change of topology replaces the gradient step
             rewire(weights, masks, optimizer, cosine_drop_fraction(mask_progress, args.drop_fraction), args.method)
-        apply_masks(weights, masks)  # after every step, since dense gradients and Adam's moments revive masked weights
+        apply_masks(weights, masks)  # after every step, as gradients and Adam's moments would revive pruned weights
         if mask_progress is not None:
             apply_masks(target_weights, masks)
+            ever_active.update(masks)
         return terms
 
     # A CUDA graph replays kernels on fixed memory, and none of the Python above. So mask updates are called eagerly,

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.diagnostics import EverActive, diagnose
-from utils.envs import Policy, atari_game, open_envs, stack_size
+from utils.envs import Policy, atari_game, is_minatar, open_envs, stack_size
 from utils.flags import Above, NonNegativeInt, PositiveFloat, PositiveInt, Probability, RunFlags, Seed, Sparsity
 from utils.graphs import cuda_graph
 from utils.launch import launch
@@ -41,7 +41,7 @@ from utils.runs import Run, choose_device
 @dataclass
 class Args(RunFlags):
     """Defaults for Atari; MINATAR and CLASSIC_CONTROL replace some of them for other environments. `RunFlags` adds
-    flags that change nothing of what is learned: device, logging, checkpoints, evaluation."""
+    flags that do not affect learning: device, logging, checkpoints, evaluation."""
 
     # Experiment
     env_id: str = "ALE/Breakout-v5"
@@ -95,7 +95,7 @@ class Args(RunFlags):
     # Atari protocol (Machado et al. 2018)
     clip_rewards: bool = True
     """clip rewards to [-1, 1] for learning; logged returns are never clipped"""
-    sticky_actions: Sparsity = 0.25
+    sticky_actions: Probability = 0.25
     """Atari: probability that the emulator repeats the previous action"""
     noop_max: NonNegativeInt = 0
     """Atari: maximum number of no-op actions at the start of an episode (30 in Mnih et al. 2015)"""
@@ -110,7 +110,7 @@ class Args(RunFlags):
     distribution: Literal["erk", "uniform"] = "erk"
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
-    """multiplies the channels of the convolutions, and the hidden units with vectors and MinAtar"""
+    """multiplies the channels of the convolutions; for vectors and MinAtar, the hidden units too"""
     bias: bool = True
     """give the layers biases"""
     prune_start: Probability = 0.2
@@ -127,7 +127,8 @@ class Args(RunFlags):
     """rigl, set: initial fraction of a layer's connections that a mask update replaces; cosine-annealed to 0"""
 
 
-# Defaults for MinAtar (explicit flags win), mostly those of Obando-Ceron & Castro (2021), Revisiting Rainbow.
+# Defaults for MinAtar (explicit flags win): the optimiser and the target network's period of Obando-Ceron & Castro
+# (2021), Revisiting Rainbow; the network and the exploration of Young & Tian (2019), MinAtar.
 MINATAR = {
     "total_timesteps": 1_000_000,
     "learning_rate": 2.5e-4,
@@ -152,7 +153,6 @@ CLASSIC_CONTROL = {
     "learning_starts": 1_000,
     "target_network_frequency": 100,
     "n_step": 10,  # long returns and frequent target updates: values must propagate quickly in a short run
-    "end_e": 0.01,
     "exploration_steps": 5_000,
     "clip_rewards": False,
 }
@@ -289,7 +289,7 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
 
 
 def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
-    """(start, end, interval): masks change every `interval` updates after update `start`, and last at `end`."""
+    """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
     if args.method in ("dense", "random"):
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
@@ -373,7 +373,7 @@ def epsilon_greedy(
 
 
 def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
-    """What `utils.export` writes: observations (n, *obs shape) -> Q (n, A)."""
+    """The network that acts greedily, for `utils.export`: observations (n, *obs shape) -> Q (n, A)."""
     return networks["q_network"]
 
 
@@ -401,7 +401,7 @@ def main(args: Args) -> np.ndarray:
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     n_actions = int(action_space.n)
     if device.type == "cpu" and atari_game(args.env_id):
-        print("Atari needs a GPU; for a task of minutes on a CPU: python dqn_sparse.py --env-id CartPole-v1")
+        print("note: Atari takes weeks on a CPU; for a task of minutes: python dqn_sparse.py --env-id CartPole-v1")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = make_networks(args, obs_space, action_space)
@@ -409,7 +409,8 @@ def main(args: Args) -> np.ndarray:
     target_network = copy.deepcopy(q_network)
     adam = {"fused": True, "capturable": device.type == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, **adam)
-    capacity, stack = min(args.buffer_size, args.total_timesteps), stack_size(args.env_id)
+    capacity = min(args.buffer_size, args.total_timesteps)
+    stack = stack_size(args.env_id)
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device)
 
     # ---- Sparsity ----------------------------------------------------------------------------------------------------
@@ -436,14 +437,15 @@ def main(args: Args) -> np.ndarray:
     global_step, update = run.step, run.update  # 0, or those of the checkpoint that --resume names
 
     def learn(mask_progress: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One gradient step, and the mask update if one is due, at this fraction of its schedule.
+        """One update; `mask_progress` is the fraction of the mask schedule that is over, if a mask update is due.
 
         Returns the loss and the mean of Q(s, a).
         """
         batch = replay.sample(args.batch_size)
         loss, q_mean = td_loss(q_network, target_network, batch, args.double)
         optimizer.zero_grad()
-        loss.backward()  # dense gradients: masks multiply the weights, not the forward pass. RigL grows by them
+        # Masks multiply the stored weights, not the forward pass, so pruned weights get gradients: RigL grows by them
+        loss.backward()
 
         # Masks
         if mask_progress is None:
@@ -453,9 +455,10 @@ def main(args: Args) -> np.ndarray:
             optimizer.step()
         else:  # RigL and SET: the change of topology replaces the gradient step
             rewire(weights, masks, optimizer, cosine_drop_fraction(mask_progress, args.drop_fraction), args.method)
-        apply_masks(weights, masks)  # after every step, since dense gradients and Adam's moments revive masked weights
+        apply_masks(weights, masks)  # after every step, as gradients and Adam's moments would revive pruned weights
         if mask_progress is not None:
             apply_masks(target_weights, masks)
+            ever_active.update(masks)
         return loss.detach(), q_mean
 
     # A CUDA graph replays kernels on fixed memory, and none of the Python above. So mask updates are called eagerly,
@@ -467,7 +470,8 @@ def main(args: Args) -> np.ndarray:
     fast_learn, fast_greedy = cuda_graph(learn, use_graphs), cuda_graph(greedy_action, use_graphs)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    done, losses = np.zeros(args.num_envs, dtype=bool), None
+    done = np.zeros(args.num_envs, dtype=bool)
+    losses = None
     while global_step < args.total_timesteps and not run.stopping:
         progress = (global_step - args.learning_starts) / args.exploration_steps
         epsilon = linear_schedule(args.start_e, args.end_e, progress)
@@ -528,7 +532,7 @@ def main(args: Args) -> np.ndarray:
 
 def preset(args: Args) -> dict:
     """Values that replace defaults for these flags."""
-    if args.env_id.startswith("MinAtar/"):
+    if is_minatar(args.env_id):
         return MINATAR
     return CLASSIC_CONTROL if atari_game(args.env_id) is None else {}
 

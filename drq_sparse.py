@@ -49,8 +49,9 @@ from utils.runs import Run, choose_device
 @dataclass
 class Args(RunFlags):
     """Defaults of DrQ-v2 for its medium tasks; EASY, HUMANOID, QUADRUPED_RUN and PENDULUM replace some of them.
-    `RunFlags` adds flags that change nothing of what is learned: device, logging, checkpoints, evaluation."""
+    `RunFlags` adds flags that do not affect learning: device, logging, checkpoints, evaluation."""
 
+    # Experiment
     env_id: str = "dm_control/quadruped-run-v0"
     """a task of the DeepMind Control suite (dm_control/hopper-hop-v0), or any Gymnasium id that renders and has bounded
     continuous actions (Pendulum-v1)"""
@@ -71,7 +72,7 @@ class Args(RunFlags):
     camera: NonNegativeInt | None = None
     """DeepMind Control: camera of the frames; default: 2 (close by) for the quadruped, else 0"""
     random_shift: NonNegativeInt = 4
-    """augmentation: pixels by which a sampled observation is shifted at most; 0 disables it"""
+    """augmentation: maximum random shift of a sampled observation, in pixels; 0 disables it"""
 
     # Exploration
     start_std: NonNegativeFloat = 1.0
@@ -81,11 +82,11 @@ class Args(RunFlags):
     exploration_steps: PositiveInt = 500_000
     """agent steps over which the standard deviation decreases linearly"""
     noise_clip: NonNegativeFloat = 0.3
-    """bound of the noise on actions in the losses; the noise of acting has none"""
+    """bound of the noise on actions in the losses; the noise of exploration is not bounded"""
 
     # Networks, optimisation and replay
     feature_dim: PositiveInt = 50
-    """outputs of the trunks: the layers between the encoder and the hidden ones"""
+    """output units of the trunks, the layers between the encoder and the hidden layers"""
     hidden_dim: PositiveInt = 1_024
     """units of the two hidden layers of the actor and of each critic"""
     learning_rate: PositiveFloat = 1e-4
@@ -99,11 +100,11 @@ class Args(RunFlags):
     batch_size: PositiveInt = 256
     """transitions per update"""
     buffer_size: PositiveInt = 1_000_000
-    """transitions in the replay, of 21 kB each; fewer, with a note, if they do not fit into memory"""
+    """rows of the replay: one for each transition, and one more for each episode; fewer if memory is short"""
     learning_starts: PositiveInt = 2_000
     """agent steps before the first update, with random actions"""
     replay_ratio: PositiveFloat = 0.5
-    """updates per agent step"""
+    """updates per agent step (update-to-data ratio)"""
 
     # Sparsity
     method: Literal["dense", "random", "gmp", "rigl", "set"] = "random"
@@ -162,7 +163,7 @@ HUMANOID = {
 # Quadruped Run has a smaller replay in DrQ-v2's code.
 QUADRUPED_RUN = {"buffer_size": 100_000}
 
-# Defaults for Pendulum: a task for a CPU.
+# Defaults for Pendulum (explicit flags win), a task for a CPU.
 PENDULUM = {
     "eval_episodes": 20,
     "total_timesteps": 10_000,
@@ -265,7 +266,7 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
 
 
 def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
-    """(start, end, interval): masks change every `interval` updates after update `start`, and last at `end`."""
+    """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
     if args.method in ("dense", "random"):
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
@@ -390,7 +391,7 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    # What follows from the environment unless a flag says it
+    # Flags that were not given and depend on the environment
     dm_control = in_dm_control_suite(args.env_id)
     action_repeat = args.action_repeat or (2 if dm_control else 1)
     camera = (2 if "quadruped" in args.env_id else 0) if args.camera is None else args.camera
@@ -408,9 +409,10 @@ def main(args: Args) -> np.ndarray:
     optimizers = {net: torch.optim.Adam(networks[net].parameters(), args.learning_rate, **adam) for net in networks}
     wanted = min(args.buffer_size, args.total_timesteps)
     capacity = capacity_that_fits(wanted, args.num_envs, obs_space, args.frame_stack, device)
-    args = replace(args, buffer_size=capacity) if capacity < wanted else args  # a resumed run takes no more
-    stack = args.frame_stack  # before an episode's first frame that one is repeated, by the environments too
-    replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device, "reset")
+    if capacity < wanted:
+        args = replace(args, buffer_size=capacity)  # so that a resumed run asks for a replay of the same size
+    stack, padding = args.frame_stack, "reset"  # as the environments do: an episode's first frame fills its first stack
+    replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device, padding)
     std = torch.tensor(args.start_std, device=device)  # of exploration; a tensor, since it changes between replays
 
     # ---- Sparsity ----------------------------------------------------------------------------------------------------
@@ -419,10 +421,10 @@ def main(args: Args) -> np.ndarray:
     weights, densities, masks = {}, {}, {}
     for net in sparsity:
         target_sparsity = args.sparsity if sparsity[net] is None else sparsity[net]
+        if args.method == "dense":
+            target_sparsity = 0.0
         weights[net] = prunable(networks[net])
-        densities[net] = layer_densities(
-            weights[net], 0.0 if args.method == "dense" else target_sparsity, args.distribution
-        )
+        densities[net] = layer_densities(weights[net], target_sparsity, args.distribution)
         # All networks start from the same seed, so that the sparsity of one does not change the masks of others
         masks[net] = initial_masks(weights[net], densities[net], args.method, mask_seed)
         apply_masks(weights[net], masks[net])
@@ -452,8 +454,8 @@ def main(args: Args) -> np.ndarray:
             next_features = encoder(batch.next_observation)
         return batch._replace(observation=encoder(batch.observation), next_observation=next_features)
 
-    def td_error(critic: nn.Module, batch: Batch) -> torch.Tensor:
-        """The critics' loss on encoded transitions, for the diagnostics."""
+    def encoded_critic_loss(critic: nn.Module, batch: Batch) -> torch.Tensor:
+        """The critics' summed loss on encoded transitions, for the diagnostics."""
         return critic_loss(actor, critic, target_critic, batch, std, args.noise_clip)[0].sum()
 
     def step_weights(net: str, mask_progress: float | None) -> None:
@@ -466,8 +468,11 @@ def main(args: Args) -> np.ndarray:
         else:  # RigL and SET: the change of topology replaces the gradient step
             drop_fraction = cosine_drop_fraction(mask_progress, args.drop_fraction)
             rewire(weights[net], masks[net], optimizers[net], drop_fraction, args.method)
-        # After every step, since dense gradients and Adam's moments revive masked weights
-        apply_masks(weights[net], masks[net])
+        apply_masks(
+            weights[net], masks[net]
+        )  # after every step: gradients and Adam's moments would revive pruned weights
+        if mask_progress is not None:
+            ever_active[net].update(masks[net])
 
     def learn(mask_progress: float | None = None) -> tuple[torch.Tensor, ...]:
         """One update of all networks, and the mask updates if they are due, at this fraction of their schedule.
@@ -482,7 +487,7 @@ def main(args: Args) -> np.ndarray:
         q_losses, q_values = critic_loss(actor, critic, target_critic, batch, std, args.noise_clip)
         optimizers["encoder"].zero_grad()
         optimizers["critic"].zero_grad()
-        # Dense gradients: masks multiply the weights, not the forward pass. RigL grows by them
+        # Masks multiply the stored weights, not the forward pass, so pruned weights get gradients: RigL grows by them
         q_losses.sum().backward()
         step_weights("encoder", mask_progress)
         step_weights("critic", mask_progress)
@@ -493,7 +498,7 @@ def main(args: Args) -> np.ndarray:
         policy_loss.backward(inputs=list(actor.parameters()))
         step_weights("actor", mask_progress)
 
-        # Target network: what is zero in both networks stays zero
+        # Target network: it has the critics' mask, and an average of zeros is zero
         if mask_progress is not None:
             apply_masks(target_weights, masks["critic"])
         with torch.no_grad():
@@ -510,7 +515,8 @@ def main(args: Args) -> np.ndarray:
     fast_learn, fast_explore = cuda_graph(learn, use_graphs), cuda_graph(explore, use_graphs)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    done, losses = np.zeros(args.num_envs, dtype=bool), None
+    done = np.zeros(args.num_envs, dtype=bool)
+    losses = None
     while global_step < args.total_timesteps and not run.stopping:
         progress = global_step / args.exploration_steps
         std.fill_(linear_schedule(args.start_std, args.end_std, progress))
@@ -555,7 +561,7 @@ def main(args: Args) -> np.ndarray:
                     replay.sample,
                     masks["encoder"],
                     ever_active["encoder"],
-                    loss=lambda e, batch: td_error(critic, encode(batch, e)),
+                    loss=lambda e, batch: encoded_critic_loss(critic, encode(batch, e)),
                     prefix="diagnostics/encoder",
                 )
                 | diagnose(
@@ -571,7 +577,7 @@ def main(args: Args) -> np.ndarray:
                     lambda batch_size: encode(replay.sample(batch_size)),
                     masks["critic"],
                     ever_active["critic"],
-                    loss=td_error,
+                    loss=encoded_critic_loss,
                     inputs=("observation", "action"),
                     prefix="diagnostics/critic",
                 )

@@ -50,7 +50,7 @@ from utils.runs import Run, choose_device
 @dataclass
 class Args(RunFlags):
     """Defaults of SimBa; CLEANRL and PENDULUM replace some of them for the MLP and for Pendulum. `RunFlags` adds flags
-    that change nothing of what is learned: device, logging, checkpoints, evaluation."""
+    that do not affect learning: device, logging, checkpoints, evaluation."""
 
     # Experiment
     env_id: str = "dm_control/humanoid-run-v0"
@@ -75,7 +75,7 @@ class Args(RunFlags):
     num_critics: Count | None = None
     """ensemble size (the minimum is used); default: 1 where episodes never terminate, else 2"""
     gamma: Probability | None = None
-    """discount factor; default: by the length of an episode"""
+    """discount factor; default: 1 - 5 / (agent steps per episode), clipped to [0.95, 0.995]"""
     tau: Probability = 0.005
     """Polyak coefficient of the target critic"""
     init_alpha: PositiveFloat = 0.01
@@ -145,7 +145,7 @@ CLEANRL = {
     "target_entropy": -1.0,
 }
 
-# Defaults for Pendulum: a task of two minutes.
+# Defaults for Pendulum (explicit flags win), a task for a CPU.
 PENDULUM = {
     "eval_episodes": 20,
     "total_timesteps": 12_000,
@@ -322,7 +322,7 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
 
 
 def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
-    """(start, end, interval): masks change every `interval` updates after update `start`, and last at `end`."""
+    """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
     if args.method in ("dense", "random"):
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
@@ -444,7 +444,7 @@ def main(args: Args) -> np.ndarray:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
 
-    # What follows from the environment unless a flag says it
+    # Flags that were not given and depend on the environment
     dm_control = in_dm_control_suite(args.env_id)
     args = replace(args, action_repeat=args.action_repeat or (2 if dm_control else 1))
     envs = open_envs(args, gym.spaces.Box)
@@ -481,10 +481,10 @@ def main(args: Args) -> np.ndarray:
     weights, densities, masks = {}, {}, {}
     for net in sparsity:
         target_sparsity = args.sparsity if sparsity[net] is None else sparsity[net]
+        if args.method == "dense":
+            target_sparsity = 0.0
         weights[net] = prunable(networks[net])
-        densities[net] = layer_densities(
-            weights[net], 0.0 if args.method == "dense" else target_sparsity, args.distribution
-        )
+        densities[net] = layer_densities(weights[net], target_sparsity, args.distribution)
         # Both networks start from the same seed, so that the sparsity of one does not change the mask of the other
         masks[net] = initial_masks(weights[net], densities[net], args.method, mask_seed)
         apply_masks(weights[net], masks[net])
@@ -525,8 +525,11 @@ def main(args: Args) -> np.ndarray:
         else:  # RigL and SET: the change of topology replaces the gradient step
             drop_fraction = cosine_drop_fraction(mask_progress, args.drop_fraction)
             rewire(weights[net], masks[net], optimizers[net], drop_fraction, args.method)
-        # After every step, since dense gradients and Adam's moments revive masked weights
-        apply_masks(weights[net], masks[net])
+        apply_masks(
+            weights[net], masks[net]
+        )  # after every step: gradients and Adam's moments would revive pruned weights
+        if mask_progress is not None:
+            ever_active[net].update(masks[net])
 
     def learn(mask_progress: float | None = None) -> tuple[torch.Tensor, ...]:
         """One update of all networks, and the mask updates if they are due, at this fraction of their schedule.
@@ -539,7 +542,7 @@ def main(args: Args) -> np.ndarray:
         alpha = log_alpha.detach().exp()
         policy_loss, entropy = actor_loss(actor, critic, batch.observation, alpha)
         optimizers["actor"].zero_grad()
-        # Dense gradients: masks multiply the weights, not the forward pass. RigL grows by them
+        # Masks multiply the stored weights, not the forward pass, so pruned weights get gradients: RigL grows by them
         policy_loss.backward(inputs=list(actor.parameters()))
         step_weights("actor", mask_progress)
 
@@ -556,7 +559,7 @@ def main(args: Args) -> np.ndarray:
         q_losses.sum().backward()
         step_weights("critic", mask_progress)
 
-        # Target network: what is zero in both networks stays zero
+        # Target network: it has the critics' mask, and an average of zeros is zero
         if mask_progress is not None:
             apply_masks(target_weights, masks["critic"])
         with torch.no_grad():
@@ -573,7 +576,8 @@ def main(args: Args) -> np.ndarray:
     fast_learn, fast_explore = cuda_graph(learn, use_graphs), cuda_graph(explore, use_graphs)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    done, losses = np.zeros(args.num_envs, dtype=bool), None
+    done = np.zeros(args.num_envs, dtype=bool)
+    losses = None
     while global_step < args.total_timesteps and not run.stopping:
         if args.rsnorm and not done.all():
             rsnorm.update(obs[np.flatnonzero(~done)])

@@ -35,7 +35,7 @@ aten = torch.ops.aten  # torch's own backward kernels
 
 @dataclass
 class Args(CpuRunFlags):
-    """`CpuRunFlags` adds flags that change nothing of what is learned: logging, checkpoints, evaluation."""
+    """`CpuRunFlags` adds flags that do not affect learning: logging, checkpoints, evaluation."""
 
     # Experiment
     env_id: str = "Walker2d-v5"
@@ -55,11 +55,11 @@ class Args(CpuRunFlags):
     lamda: Probability = 0.8
     """decay of the eligibility traces (lambda)"""
     learning_rate: PositiveFloat = 1.0
-    """alpha of ObGD, an upper limit of the step size"""
+    """alpha of ObGD: upper bound of the step size"""
     kappa_policy: PositiveFloat = 3.0
-    """ac: kappa of the actor's ObGD; larger is more careful"""
+    """ac: kappa of the actor's ObGD; larger values allow smaller steps only"""
     kappa_value: PositiveFloat = 2.0
-    """kappa of the critic's, or the Q-network's, ObGD"""
+    """kappa of ObGD for the critic or the Q-network"""
     entropy_coefficient: NonNegativeFloat = 0.01
     """ac: weight of the entropy bonus"""
     init_sparsity: Sparsity = 0.9
@@ -79,7 +79,7 @@ class Args(CpuRunFlags):
     method: Literal["dense", "random"] = "dense"
     """dense networks, or a fixed random mask (static sparsity)"""
     sparsity: Sparsity = 0.9
-    """random: fraction of the weights (all but biases) that does not exist"""
+    """random: fraction of the weights (all but biases) that is removed"""
     distribution: Literal["erk", "uniform"] = "erk"
     """how the sparsity is distributed over the layers: Erdos-Renyi-kernel, or the same in each"""
     width: PositiveInt = 1
@@ -138,7 +138,7 @@ def make_networks(args: Args, obs_space: gym.spaces.Box, action_space: gym.Space
 class DenseLayer:
     """One layer of N networks side by side: its weights (N, out, in) and their eligibility traces."""
 
-    def __init__(self, weights: list[torch.Tensor], masks: list) -> None:
+    def __init__(self, weights: list[torch.Tensor]) -> None:
         self.shape = (len(weights), *weights[0].shape)
         self.values = torch.stack([weight.flatten() for weight in weights])  # (N, out x in)
         self.traces = torch.zeros_like(self.values)
@@ -159,7 +159,7 @@ class DenseLayer:
 
 
 class SparseLayer:
-    """The same with active weights only: values and traces are (N, active), each with its row and its column.
+    """One layer of N networks that stores active weights only: values and traces (N, active), with rows and columns.
 
     The N matrices are the blocks on the diagonal of one large matrix, so that one call computes all agents.
     """
@@ -205,7 +205,7 @@ class Networks:
             weights = [network.get_parameter(name) for network in networks]
             layer_masks = [mask.get(name) for mask in masks]
             is_dense = layer_masks[0] is None or bool(layer_masks[0].all())  # ERK leaves small layers dense
-            self.layers.append((DenseLayer if is_dense else SparseLayer)(weights, layer_masks))
+            self.layers.append(DenseLayer(weights) if is_dense else SparseLayer(weights, layer_masks))
         self.biases = torch.stack([torch.cat([layer.bias for layer in network.children()]) for network in networks])
         self.bias_traces = torch.zeros_like(self.biases)  # (N, hidden + hidden + outputs)
         self.bias = self.biases.split([layer.shape[1] for layer in self.layers], 1)  # views
@@ -268,11 +268,9 @@ class Networks:
 # ---- Sparsity --------------------------------------------------------------------------------------------------------
 
 
-def random_masks(
-    weights: dict, densities: dict[str, float], method: str, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+def random_masks(weights: dict, densities: dict[str, float], generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Fixed random masks of zeros and ones, for each layer an exact number of ones; a dense network has none."""
-    if method == "dense" or min(densities.values()) == 1:
+    if min(densities.values()) == 1:
         return {}
     counts = {name: active_count(weight.numel(), densities[name]) for name, weight in weights.items()}
     return {name: random_mask(weight.detach(), counts[name], generator) for name, weight in weights.items()}
@@ -440,7 +438,7 @@ def main(args: Args) -> np.ndarray:
     """Trains the agents; returns the returns (num_seeds, episodes) of their final evaluations."""
     if args.track and args.num_seeds > 1:
         fail(f"--track: expected one agent, since Weights & Biases logs one run for each process, got {args.num_seeds}")
-    torch.set_num_threads(1)  # work for microseconds: threads would cost more than they bring
+    torch.set_num_threads(1)  # each operation takes microseconds: threads would cost more than they save
     n = args.num_seeds
     envs = open_envs(args, gym.spaces.Discrete if args.algorithm == "q" else (gym.spaces.Discrete, gym.spaces.Box))
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -450,6 +448,7 @@ def main(args: Args) -> np.ndarray:
 
     # ---- Agents and sparsity -----------------------------------------------------------------------------------------
     names = ["q_network"] if args.algorithm == "q" else ["actor", "critic"]
+    sparsity = 0.0 if args.method == "dense" else args.sparsity
     modules, masks, densities = [], [], {}  # of each agent by name: as they are saved; while training see `nets`
     for seed in range(args.seed, args.seed + n):
         torch.manual_seed(seed)
@@ -458,8 +457,8 @@ def main(args: Args) -> np.ndarray:
         masks.append({})
         for name in names:
             weights = prunable(modules[-1][name])
-            densities[name] = layer_densities(weights, args.sparsity * (args.method == "random"), args.distribution)
-            masks[-1][name] = random_masks(weights, densities[name], args.method, generator)
+            densities[name] = layer_densities(weights, sparsity, args.distribution)
+            masks[-1][name] = random_masks(weights, densities[name], generator)
             sparse_init(weights, masks[-1][name], args.init_sparsity, generator)
     nets = {name: Networks([each[name] for each in modules], [each[name] for each in masks]) for name in names}
     for name in names:
@@ -479,8 +478,8 @@ def main(args: Args) -> np.ndarray:
         }
         own_args = replace(args, seed=args.seed + i, num_seeds=1)  # resumed and evaluated on its own
         runs.append(Run(own_args, __file__, state, rngs[i], progress=i == 0))
-    named = [{f"{net}.{k}": w for net in names for k, w in prunable(each[net]).items()} for each in modules]
-    named_masks = [{f"{net}.{k}": m for net in names for k, m in each[net].items()} for each in masks]
+    all_weights = [{f"{net}.{k}": w for net in names for k, w in prunable(each[net]).items()} for each in modules]
+    all_masks = [{f"{net}.{k}": m for net in names for k, m in each[net].items()} for each in masks]
     steps = np.array([run.step for run in runs])  # of each agent: they differ, as a reset takes a turn
 
     def observe(obs: np.ndarray, playing: np.ndarray) -> torch.Tensor:
@@ -559,7 +558,7 @@ def main(args: Args) -> np.ndarray:
                 else:
                     entropy = entropies(policy, discrete)
                     scalars |= {"losses/policy_step": policy_step[i], "losses/entropy": entropy[i]}
-                run.log({tag: float(scalar) for tag, scalar in scalars.items()}, named[i], named_masks[i])
+                run.log({tag: float(scalar) for tag, scalar in scalars.items()}, all_weights[i], all_masks[i])
             if run.due(args.eval_every):
                 run.evaluate(policy_of(i))
             if run.due(args.checkpoint_every):

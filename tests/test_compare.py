@@ -159,15 +159,16 @@ def test_sparsities_of_actor_and_critic(run, compared):
     run("e", 4.0, method="dense", sparsity=0.8, mask_seed=3)
     run("f", 4.0, method="dense", sparsity=0.9, diagnostics_every=10)
     run("g", 4.0, method="random", sparsity=0.8, encoder_sparsity=0.0, actor_sparsity=None, critic_sparsity=None)
+    run("h", 4.0, method="random", sparsity=0.8, encoder_sparsity=0.0, actor_sparsity=None, critic_sparsity=0.0)
     rows, (axes,), _, notes = compared()
     expected = [
         ("dense", "0", 2),
-        *[("random", pair, 1) for pair in ("0 / 0.5", "0 / 0.8", "0 / 0.9")],
+        *[("random", each, 1) for each in ("0 / 0.5", "0 / 0.8 / 0", "0 / 0.8 / 0.8", "0 / 0.9")],
         ("random", "0.8", 2),
     ]
     assert [(method, sparsity, count) for _, method, sparsity, count in kinds(rows["CartPole-v1"])] == expected
     labels = [container.get_label() for container in axes.containers]
-    assert labels == ["dense", "random 0 / 0.5", "random 0 / 0.8", "random 0 / 0.9", "random 0.8"]
+    assert labels == ["dense", *(f"random {sparsity}" for _, sparsity, _ in expected[1:])]
     assert "taken together" not in notes  # they are of one kind
 
 

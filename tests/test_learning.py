@@ -13,6 +13,8 @@ def test_dqn_learns_cartpole_at_90_percent_sparsity(tmp_path):
 
 
 def test_rainbow_learns_cartpole_with_a_tenth_of_its_weights(tmp_path):
-    args = rainbow_pruned.CLASSIC_CONTROL | CARTPOLE | {"runs_dir": str(tmp_path), "total_timesteps": 12_000}
+    # With Dopamine's epsilon of Adam it learns faster at first
+    short = {"runs_dir": str(tmp_path), "total_timesteps": 12_000, "adam_eps": 1.5e-4}
+    args = rainbow_pruned.CLASSIC_CONTROL | CARTPOLE | short
     returns = rainbow_pruned.main(rainbow_pruned.Args(**args))
     assert len(returns) == 20 and returns.mean() > 100

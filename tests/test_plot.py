@@ -77,6 +77,16 @@ def test_offline_runs_have_panels_of_their_own(logged_run, drawn, tmp_path):
     assert set(y[~np.isnan(y)]) == {30}
 
 
+def test_how_far_unfinished_runs_have_come(logged_run, drawn, tmp_path, capsys):
+    logged_run("CartPole-v1__dqn_sparse__1__17", constant(10.0, until=600), finished=False)
+    evaluations = [(500, 1, 20.0, 9)]
+    flags = {"evaluations": evaluations, "total_updates": 1_000, "finished": False}
+    logged_run("CartPole-v1__cql_pruned__1__18", [], **flags)
+    plot.main(plot.Args((str(tmp_path / "logged/*"),), out=tmp_path / "a"))
+    notes = capsys.readouterr().err
+    assert "600 of 1,000 steps" in notes and "500 of 1,000 updates" in notes
+
+
 def test_evaluations_are_drawn_as_their_means(logged_run, drawn, tmp_path):
     evaluations = [(step, k, step + k, 9) for step in (500, 1_000) for k in range(5)]
     logged_run("a", constant(1.0), evaluations=evaluations)

@@ -48,7 +48,7 @@ def initial_networks(args, obs_space, action_space):
     for name in [name for name in networks if name != "statistics"]:
         weights = prunable(networks[name])
         densities = layer_densities(weights, 0.0 if args.method == "dense" else args.sparsity, args.distribution)
-        masks[name] = random_masks(weights, densities, args.method, generator)
+        masks[name] = random_masks(weights, densities, generator)
         with torch.no_grad():
             sparse_init(weights, masks[name], args.init_sparsity, generator)
     return networks, masks

@@ -1,6 +1,7 @@
 """Grids of runs on Ray: what a kill, a signal or a failure anywhere leaves, and what the same command then does."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -187,8 +188,9 @@ def test_bad_shards_are_refused(shard):
 
 def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
     out = tmp_path / "out"
-    flags = "--algorithm q --env-id CartPole-v1 --total-timesteps 400 --eval-episodes 1 --method random"
-    command = ["-m", "utils.sweep", "stream_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
+    # This script fills in flags that follow from the environment
+    flags = "--env-id Pendulum-v1 --total-timesteps 250 --learning-starts 100 --eval-episodes 1"
+    command = ["-m", "utils.sweep", "sac_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
     ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "2 done" in ended.stdout and f"utils.compare '{out}/*/*'" in ended.stdout
@@ -304,7 +306,8 @@ def test_a_run_that_needs_more_than_there_is_is_refused(name, capsys):
     args = Args(Path("count.py"), Path("out"), **{"gpus_per_run": 0.0, name: 40.0})
     with pytest.raises(SystemExit) as ended:
         concurrency(args, {"CPU": 2.0, "GPU": 1.0, "memory": 30e9})
-    assert ended.value.code == 2 and name.replace("_", "-") in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and name.replace("_", "-") in said and re.search(r"(2|1|30), got 40$", said.strip())
 
 
 def test_ray_that_does_not_start_is_one_line(monkeypatch, tmp_path, capsys):

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Literal, NamedTuple, get_origin, get_type_hints
 
+from utils.checkpoints import write_atomically
 from utils.flags import RunFlags, fail, parse_args
 from utils.records import last_row
 
-STOPPED = {0, 129, 130, 143, -1, -2, -15}  # exit codes of runs that a signal ended; the last three before it had begun
+STOPPED = {0, 129, 130, 143, -1, -2, -15}  # exit codes of stopped runs; negative: before their signal handlers were set
 State = Literal["done", "running", "failed", "stopped", "waiting"]
 Axes = dict[str, list[list[str]]]  # for each flag its settings, as words of the command line: [["--width", "1"], ...]
 
@@ -75,12 +76,12 @@ def make_cells(axes: Axes, script: ModuleType, out: Path) -> list[Cell]:
         flags = [word for field in axes for word in setting[field]]
         with contextlib.redirect_stdout(io.StringIO()):  # what the preset changes
             args = parse_args(script.Args, script.preset, flags)
-        if "checkpoint_every" not in axes:
-            total = getattr(args, "total_timesteps", None) or args.total_updates
-            flags += ["--checkpoint-every", str(max(total // 20, 1))]
         parts = ["=".join([setting[field][0][2:], *setting[field][1:]]) for field in varied]
         name = re.sub(r"[^\w.,=+-]", "-", ",".join(parts)) or "run"
-        cells.append(Cell(out / name, tuple(flags), vars(args)))
+        cell = Cell(out / name, tuple(flags), vars(args))
+        if "checkpoint_every" not in axes:
+            cell = cell._replace(flags=(*flags, "--checkpoint-every", str(max(cell.total // 20, 1))))
+        cells.append(cell)
     if len({cell.folder for cell in cells}) < len(cells):
         fail("two cells of the grid would have the same folder: values differ in special characters alone")
     return cells
@@ -100,21 +101,31 @@ def unfinished(cell: Cell) -> list[Path] | None:
     return rest if folders and all((folder / "checkpoint.pt").exists() for folder in rest) else None
 
 
+def write_flags(cell: Cell) -> None:
+    """Records what `check_folder` compares. A run's own args.json will not do: scripts replace None in it by what the
+    environment implies."""
+    write_atomically(json.dumps(learning_flags(cell), indent=2) + "\n", cell.folder / "flags.json")
+
+
 def check_folder(cell: Cell) -> None:
-    """Ends the program if the cell's folder holds a run with flags that would have learned something else."""
+    """Ends the program if the cell's folder was made with flags that would have learned something else."""
+    path = cell.folder / "flags.json"
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        fail(f"--out: {path} is damaged")
+    wanted = json.loads(json.dumps(learning_flags(cell)))  # tuples become lists
+    for name in wanted.keys() | found.keys():
+        if wanted.get(name) != found.get(name):
+            what = f"{name} {found.get(name)}, and this sweep wants {wanted.get(name)}"
+            fail(f"--out: {cell.folder} was made with {what}; choose another folder")
+
+
+def learning_flags(cell: Cell) -> dict:
     ignored = {field.name for field in fields(RunFlags)}
-    if cell.args.get("num_seeds", 1) > 1:
-        ignored |= {"seed", "num_seeds"}  # each agent has a folder of its own
-    for folder in run_folders(cell):
-        try:
-            found = json.loads((folder / "args.json").read_text())
-        except (OSError, ValueError):
-            fail(f"--out: {folder} has a damaged args.json")
-        wanted = json.loads(json.dumps(cell.args))  # tuples become lists
-        for name in wanted.keys() | found.keys():
-            if name not in ignored and wanted.get(name) != found.get(name):
-                what = f"{name} {found.get(name)}, and this sweep wants {wanted.get(name)}"
-                fail(f"--out: {folder} was made with {what}; choose another folder")
+    return {name: value for name, value in cell.args.items() if name not in ignored}
 
 
 def lock(cell: Cell) -> IO | None:
@@ -147,7 +158,7 @@ def state(cell: Cell) -> State:
 
 
 def exit_code(cell: Cell) -> int | None:
-    """Of the cell's last run that ended on its own; negative: killed by that signal."""
+    """The exit code of the cell's last run, or None if none has ended; negative: killed by that signal."""
     try:
         return int((cell.folder / "exit_code").read_text())
     except (OSError, ValueError):

@@ -81,14 +81,14 @@ def make_parser(args_class: type, args: object = None) -> Parser:
     """A parser whose namespace has only those fields of a dataclass that the command line sets.
 
     Args:
-        args: whose values the help shows as defaults, instead of those of the class.
+        args: the help shows its values as defaults, instead of those of the class.
     """
     program = sys.modules["__main__"].__spec__
     summary, *rest = (sys.modules[args_class.__module__].__doc__ or "").strip("\n").split("\n\n")
     parser = Parser(
         prog=f"python -m {program.name}" if program else f"python {os.path.basename(sys.argv[0])}",
         description="\n\n".join([summary, *(part for part in rest if part.startswith("    "))]),
-        epilog="The defaults shown are those of this command line's environment; others may have others."
+        epilog="Defaults depend on other flags, such as the environment: these are those of this command line."
         if args
         else None,
         formatter_class=HelpFormatter,

@@ -96,11 +96,12 @@ class Row(NamedTuple):
 
 
 def sparsity_of(args: dict) -> str:
-    """The final sparsity that a run's flags say; "0 / 0.9" if its networks' differ, "0" of a dense run."""
+    """The final sparsity that a run's flags say; "0 / 0.9 / 0.9" if its networks' differ, "0" of a dense run."""
     if args["method"] == "dense":
         return "0"
     own = [args[name] for name in PARTS if name in args] or [None]
-    return " / ".join(dict.fromkeys(f"{args['sparsity'] if value is None else value:g}" for value in own))
+    values = [f"{args['sparsity'] if value is None else value:g}" for value in own]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 
 def kinds_of(runs: Sequence[LoggedRun], by: Sequence[str]) -> dict[Kind, list[LoggedRun]]:

@@ -188,17 +188,20 @@ def interference(network: nn.Module, loss: Callable, batch: Sequence[torch.Tenso
 
 
 class EverActive:
-    """Which weights have been active in any mask so far: the exploration rate of Liu et al. (2021), Do we actually need
-    dense over-parameterization? ("ITOP").
+    """Which weights have been active in any mask so far, for the exploration rate of Liu et al. (2021), Do we actually
+    need dense over-parameterization? ("ITOP").
     """
 
     def __init__(self, masks: dict[str, torch.Tensor]) -> None:
         self.ever = {name: mask > 0 for name, mask in masks.items()}
 
-    def update(self, masks: dict[str, torch.Tensor]) -> float:
-        """Takes in the current masks; returns the fraction of weights that have ever been active, 1 without masks."""
+    def update(self, masks: dict[str, torch.Tensor]) -> None:
+        """Takes in masks that have changed."""
         for name, mask in masks.items():
             self.ever[name] |= mask > 0
+
+    def fraction(self) -> float:
+        """The fraction of weights that have ever been active; 1 without masks."""
         total = sum(mask.numel() for mask in self.ever.values())
         return sum(int(mask.count_nonzero()) for mask in self.ever.values()) / total if total else 1.0
 
@@ -247,7 +250,7 @@ def diagnose(
     network: nn.Module,
     sample: Callable[[int], Batch],
     masks: dict[str, torch.Tensor],
-    ever: EverActive,
+    ever_active: EverActive,
     loss: Callable[[Callable, Batch], torch.Tensor],
     next_value: Callable[[Batch], torch.Tensor] | None = None,
     inputs: Sequence[str] = ("observation",),
@@ -264,7 +267,7 @@ def diagnose(
     with torch.random.fork_rng():
         batch = sample(256)
         scalars = report(network, *(getattr(batch, name) for name in inputs), masks=masks, prefix=prefix)
-        scalars[f"{prefix}/ever_active"] = ever.update(masks)
+        scalars[f"{prefix}/ever_active"] = ever_active.fraction()
         if next_value is not None:
             variance = target_variance(batch.reward, batch.discount, next_value(batch))
             scalars[f"{prefix}/target_variance"] = variance

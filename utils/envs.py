@@ -228,7 +228,7 @@ def make_env(
     if is_minatar(env_id):
         register_minatar()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # MinAtar's v0 has more actions than its v1, not less use
+        warnings.simplefilter("ignore", DeprecationWarning)  # of MinAtar's v0: v1 only has fewer actions
         env = gym.make(env_id, **keywords)
     if is_minatar(env_id):
         env = MinAtarImages(env)

@@ -18,7 +18,7 @@ import numpy as np
 from utils.analysis.results import Model, human_normalised, iqm, load_model, summarise, warn
 from utils.command_line import Positional
 from utils.envs import EVALUATION_SEED, atari_game, evaluate
-from utils.flags import fail
+from utils.flags import NonNegativeInt, PositiveInt, Probability, Seed, check_flags, fail
 from utils.launch import run_command
 
 
@@ -26,15 +26,15 @@ from utils.launch import run_command
 class Args:
     models: Annotated[tuple[Path, ...], Positional]
     """folders of runs, or their model.pt, or patterns of them in quotes"""
-    episodes: int = 100
+    episodes: PositiveInt = 100
     """episodes to play with each model"""
-    epsilon: float | None = None
+    epsilon: Probability | None = None
     """fraction of random actions, instead of the run's own --eval-epsilon"""
-    sticky: float | None = None
+    sticky: Probability | None = None
     """Atari: probability that the emulator repeats the previous action, instead of the training's"""
-    noops: int | None = None
+    noops: NonNegativeInt | None = None
     """Atari: maximum number of no-op actions at an episode's start, instead of the training's"""
-    seed: int | None = None
+    seed: Seed | None = None
     """seed of the first episode, instead of the run's own evaluation seed"""
     video: bool = False
     """also record the first episode as MP4, in the folder `evaluation` next to the model"""
@@ -65,12 +65,7 @@ def play(model: Model, folder: Path, args: Args) -> tuple[np.ndarray, str]:
 
 def main(args: Args) -> dict[Path, np.ndarray]:
     """Plays each model, prints a table, and returns the returns of the episodes of each."""
-    wrong = f"--episodes: expected at least 1, got {args.episodes}" if args.episodes < 1 else None
-    for name, low, high in (("epsilon", 0, 1), ("sticky", 0, 1), ("noops", 0, np.inf), ("seed", 0, np.inf)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            wrong = f"--{name}: expected a number from {low} to {high:g}, got {getattr(args, name)}"
-    if wrong or not args.models:
-        fail(wrong or "expected folders of runs, or their model.pt, got none")
+    check_flags(args)
     statistics = {"mean": lambda tasks: tasks[0].mean(-1), "median": lambda tasks: np.median(tasks[0], -1), "IQM": iqm}
     results, normalised = {}, {}
     print("| model | episodes | mean | median | IQM | human-normalised mean |")

@@ -130,7 +130,8 @@ def shrink(task: Task) -> tuple[nn.Module, dict[str, nn.Module], list[Shape]]:
         return small, networks, shapes
     except (ValueError, RuntimeError, AssertionError) as error:
         warn(f"the network keeps all its units: {first_line(error)}")
-        return task.build(networks := copy.deepcopy(task.model.networks)), networks, []
+        networks = copy.deepcopy(task.model.networks)
+        return task.build(networks), networks, []
 
 
 def to_torchscript(module: nn.Module, networks: dict[str, nn.Module], task: Task) -> Policy:
@@ -166,7 +167,7 @@ def to_onnx(module: nn.Module, task: Task) -> bytes:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Weights and biases that are stored, and how many of them are not zero."""
-    tensors = [each for each in module.parameters() if each is not None]
+    tensors = list(module.parameters())
     for each in module.modules():
         if isinstance(each, SparseLinear):
             tensors += [each.weight.values(), each.bias]
@@ -291,7 +292,7 @@ tags:
 
 # {script} on {args.env_id}
 
-A sparse agent trained with sparse-rl's `{script}.py`, made smaller by `python -m utils.export`. MIT licence.
+An agent trained with sparse-rl's `{script}.py --method {args.method}`, compacted by `python -m utils.export`. MIT.
 
 ```python
 import torch

@@ -32,7 +32,7 @@ class Above(NamedTuple):
 
 
 PositiveInt = Annotated[int, Range("an integer of at least 1", lambda x: x >= 1)]
-Count = Annotated[int, Range("an integer from 1 to 1,000", lambda x: 1 <= x <= 1_000)]  # of modules to build
+Count = Annotated[int, Range("an integer from 1 to 1,000", lambda x: 1 <= x <= 1_000)]  # building more modules hangs
 NonNegativeInt = Annotated[int, Range("an integer of at least 0", lambda x: x >= 0)]
 Seed = Annotated[int, Range("an integer in [0, 2^30)", lambda x: 0 <= x < 2**30)]
 PositiveFloat = Annotated[float, Range("a number above 0", lambda x: x > 0)]
@@ -44,7 +44,7 @@ PositiveFraction = Annotated[float, Range("a number in (0, 1]", lambda x: 0 < x 
 
 @dataclass
 class CpuRunFlags:
-    """Flags that say how to run a script, and change nothing of what it learns."""
+    """Flags that say how to run a script and do not affect what it learns."""
 
     # Running
     runs_dir: str = "runs"
@@ -82,6 +82,7 @@ class RunFlags(CpuRunFlags):
     """steps between diagnostics (dormant units, ranks, norms, gradient interference); 0 disables them"""
 
 
+# What a resumed run may change
 RESUMABLE = {field.name for field in fields(RunFlags)} - {"runs_dir"} | {"total_timesteps", "total_updates"}
 
 
@@ -139,7 +140,7 @@ def parse_args(args_class: type[ArgsT], preset: Callable[[ArgsT], dict], argv: S
     check_flags(args)
     if changed:
         used = {name: value for name, value in changed.items() if getattr(args, name) == value}
-        print(f"defaults for {args.env_id}: " + ", ".join(f"{flag(name)} {value}" for name, value in used.items()))
+        print("defaults of the preset: " + ", ".join(f"{flag(name)} {value}" for name, value in used.items()))
     return args
 
 

@@ -9,9 +9,8 @@ import torch
 from utils.flags import first_line
 
 Result = TypeVar("Result")
-EAGER_CALLS = (
-    3  # before the capture: libraries, autograd and the optimizer allocate what they need at their first calls
-)
+# Before the capture: libraries, autograd and the optimizer allocate what they need at their first calls
+EAGER_CALLS = 3
 
 
 def cuda_graph(function: Callable[[], Result], enabled: bool) -> Callable[[], Result]:

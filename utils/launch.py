@@ -55,8 +55,8 @@ OUT_OF_MEMORY = re.compile(
 def launch(main: Callable[[ArgsT], object], args_class: type[ArgsT], preset: Callable[[ArgsT], dict]) -> None:
     """Runs a script as a program: parses the command line, calls `main`, and turns errors into exit codes.
 
-    0 finished, 2 bad input, 128 + n stopped by signal n, 1 anything else. Whatever ends training, its state is saved
-    first, unless the networks' weights are no longer finite; then the last good checkpoint stays.
+    0 finished, 2 bad input, 128 + n stopped by signal n, 1 anything else. After an error, the state is saved unless
+    training has diverged: if a loss, an action or a weight is not finite, the last good checkpoint stays.
     """
     run_program(lambda: main(parse_args(args_class, preset)))
 

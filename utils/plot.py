@@ -125,8 +125,9 @@ def main(args: Args) -> None:
         by = ["script", *by]
     for run in runs:
         if not run.finished:
-            last = run.episodes[-1, 0] if len(run.episodes) else 0
-            warn(f"{run.folder} is not finished: step {last:,.0f} of {run.total_steps:,}; drawn as far as it goes")
+            returns = run.returns()
+            last, unit = returns[-1, 0] if len(returns) else 0, "updates" if run.offline else "steps"
+            warn(f"{run.folder} is not finished: {last:,.0f} of {run.total_steps:,} {unit}; drawn as far as it goes")
     figure = figure_of(runs, by, args.scalars, args.evaluations)
     save_figure(figure, args.out)
     plt.close(figure)

@@ -29,8 +29,9 @@ class Replay:
     episode bootstraps, and no transition starts there.
 
     Every transition that starts in the last `capacity // num_envs` rows and whose n-step window has been played is
-    drawn with the same probability. `sample` and `add` never make the host wait for a GPU, and `sample` can be captured
-    in a CUDA graph: it reads nothing from the host but tensors that are changed in place.
+    drawn with the same probability. If the frames are on the training device, `sample` and `add` never make the host
+    wait for a GPU, and `sample` can be captured in a CUDA graph: it reads nothing from the host but tensors that are
+    changed in place.
     """
 
     def __init__(
@@ -67,8 +68,7 @@ class Replay:
         rows_of_envs = (self.length, num_envs)
         nbytes = self.length * num_envs * (math.prod(frame_shape) * dtype.itemsize + ROW_BYTES)
         self.out_device, self.device = device, storage_device(nbytes, device)
-        pin = {"pin_memory": True} if self.device != device else {}
-        self.frames = torch.empty(*rows_of_envs, *frame_shape, dtype=dtype, device=self.device, **pin)
+        self.frames = torch.empty(*rows_of_envs, *frame_shape, dtype=dtype, device=self.device)
         action_dtype = torch.int64 if isinstance(action_space, Discrete) else torch.float32
         self.action = torch.zeros(*rows_of_envs, *action_space.shape, dtype=action_dtype, device=self.device)
         self.reward = torch.zeros(rows_of_envs, device=self.device)
@@ -172,7 +172,9 @@ class Replay:
             self.discount.take(start),
             self._observation(following),
         )
-        return batch if self.device == self.out_device else Batch(*(x.to(self.out_device) for x in batch))
+        if self.device == self.out_device:
+            return batch
+        return Batch(*(x.pin_memory().to(self.out_device, non_blocking=True) for x in batch))
 
     def _observation(self, place: torch.Tensor) -> torch.Tensor:
         """The observations (B, *observation shape) whose newest frames are at `place` (B,): row * num_envs + env."""
@@ -270,7 +272,8 @@ def storage_device(nbytes: int, device: torch.device) -> torch.device:
     if device.type == "cuda":
         if nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
             return device
-        print(f"note: the replay ({nbytes / 1e9:.1f} GB) does not fit on the GPU: host memory, no CUDA graphs")
+        size = f"{nbytes / 1e9:.1f} GB"
+        print(f"note: the replay ({size}) does not fit on the GPU: it is kept in host memory, without CUDA graphs")
     available = psutil.virtual_memory().available
     if nbytes > available:
         raise MemoryError(f"needs {nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free")
@@ -290,7 +293,7 @@ def capacity_that_fits(capacity: int, num_envs: int, space: Box, stack: int, dev
     fits = int(0.8 * available / row_bytes) - (stack + 1) * num_envs  # see `Replay.length`
     if capacity > fits:
         needs, takes = capacity * row_bytes / 1e9, fits * row_bytes / 1e9
-        print(f"note: the replay has {fits:,} transitions ({takes:.1f} GB): {capacity:,} need {needs:.1f} GB of memory")
+        print(f"note: the replay has {fits:,} rows ({takes:.1f} GB): {capacity:,} need {needs:.1f} GB of memory")
     return min(capacity, fits)
 
 

@@ -1,4 +1,4 @@
-"""A run's notebook: its folder, logs, progress line, checkpoints and end; and the entry point of every script."""
+"""A run's notebook: its folder, logs, progress line, checkpoints and end."""
 
 import contextlib
 import fcntl
@@ -70,7 +70,7 @@ class StopSignal:
         self.number, self.time, self.immediate, self.previous = 0, 0.0, "", {}
 
     def install(self) -> None:
-        if not self.previous and threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        if not self.previous and threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self.previous[number] = signal.signal(number, self.receive)
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +49,7 @@ class Args:
     out: Path
     """folder of the sweep, on a disk that all machines share"""
     jobs: PositiveInt | None = None
-    """runs at once, at most; by default as many as the resources below allow"""
+    """maximum number of concurrent runs; by default as many as the resources below allow"""
     cpus_per_run: PositiveFloat = 1.0
     """cores, and threads of torch, for each run"""
     gpus_per_run: NonNegativeFloat | None = None
@@ -87,6 +86,7 @@ class Worker:
             rest = grid.unfinished(cell)
             if rest is None:
                 grid.set_aside(cell)
+                grid.write_flags(cell)
             for flags in [command(cell)] if rest is None else [["--resume", f"{run}/checkpoint.pt"] for run in rest]:
                 if self.stopping:
                     return 128 + signal.SIGTERM
@@ -118,12 +118,14 @@ def command(cell: Cell) -> list[str]:
 
 def concurrency(args: Args, resources: dict[str, float]) -> int:
     """How many runs go at once, printed with the reason; ends the program if not even one does."""
-    wanted = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": args.memory_per_run * 1e9}
-    limits = {name: resources.get(name, 0) / need for name, need in wanted.items() if need}
+    wanted = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": args.memory_per_run}
+    there = {name: resources.get(name, 0) for name in wanted}
+    there["memory"] /= 1e9  # bytes
+    limits = {name: there[name] / need for name, need in wanted.items() if need}
+    flags = {"CPU": "--cpus-per-run", "GPU": "--gpus-per-run", "memory": "--memory-per-run"}
     for name, limit in limits.items():
         if limit < 1:
-            flag = f"--{name.lower()}{'' if name == 'memory' else 's'}-per-run"
-            fail(f"{flag}: one run needs more than there is, {resources.get(name, 0):g}")
+            fail(f"{flags[name]}: expected at most what there is, {there[name]:.3g}, got {wanted[name]:g}")
     counts = {name: math.floor(limit + 1e-9) for name, limit in limits.items()}
     if args.jobs:
         counts["--jobs"] = args.jobs
@@ -184,7 +186,7 @@ class Sweep:
         return free >= needed
 
     def collect(self, seconds: float = 2.0) -> None:
-        """Waits for runs to end, at most so long, and files each as done, failed, or to be tried again."""
+        """Waits for runs to end, for at most `seconds`, and records each as done, failed, or to be tried again."""
         if not self.running:
             time.sleep(seconds)
             return
@@ -355,13 +357,10 @@ def main(args: Args, words: list[str]) -> None:
         raise SystemExit(1)
 
 
-def run_from_command_line(main: Callable[[Args, list[str]], None]) -> None:
-    def program() -> None:
-        given, words = known_flags(Args, sys.argv[1:])
-        main(Args(**given), words)
-
-    run_program(program)
+def run_from_command_line() -> None:
+    given, words = known_flags(Args, sys.argv[1:])
+    main(Args(**given), words)
 
 
 if __name__ == "__main__":
-    run_from_command_line(main)
+    run_program(run_from_command_line)
