@@ -407,7 +407,9 @@ def project(probability: torch.Tensor, atoms: torch.Tensor, support: torch.Tenso
     return (fraction * probability[:, None]).sum(-1)
 
 
-def td_loss(q_network, target_network, batch: Batch, support: torch.Tensor | None, double: bool) -> tuple:
+def td_loss(
+    q_network: nn.Module, target_network: nn.Module, batch: Batch, support: torch.Tensor | None, double: bool
+) -> tuple:
     """The mean Huber loss of the TD error, or with a support C51's mean cross-entropy; and Q(s, .) (B, A)."""
     rows = torch.arange(len(batch.action), device=batch.action.device)
     with torch.no_grad():
@@ -434,7 +436,9 @@ def cql_regularizer(q: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return (q.logsumexp(1) - q.gather(1, action[:, None]).squeeze(1)).mean()
 
 
-def loss_terms(q_network, target_network, batch: Batch, support: torch.Tensor | None, args: Args) -> tuple:
+def loss_terms(
+    q_network: nn.Module, target_network: nn.Module, batch: Batch, support: torch.Tensor | None, args: Args
+) -> tuple:
     """The loss; for the log its parts, and the means of Q of the data's actions and of the greedy ones."""
     td, q = td_loss(q_network, target_network, batch, support, args.double)
     regularizer = cql_regularizer(q, batch.action)
@@ -444,7 +448,7 @@ def loss_terms(q_network, target_network, batch: Batch, support: torch.Tensor | 
 
 
 class QValues(nn.Module):
-    """A network, and the means of its distributions."""
+    """A network whose outputs are Q(s, a): with C51, the means of its distributions."""
 
     def __init__(self, network: nn.Module, support: torch.Tensor | None) -> None:
         super().__init__()

@@ -283,7 +283,9 @@ class Head(nn.Module):
     those of the action's advantage, less the mean advantage.
     """
 
-    def __init__(self, features: int, hidden: int, n_actions: int, n_atoms: int, dueling: bool, linear) -> None:
+    def __init__(
+        self, features: int, hidden: int, n_actions: int, n_atoms: int, dueling: bool, linear: Callable
+    ) -> None:
         super().__init__()
         self.n_atoms = n_atoms
         self.dense = linear(features, hidden)
@@ -434,7 +436,9 @@ def project(probability: torch.Tensor, atoms: torch.Tensor, support: torch.Tenso
     return (fraction * probability[:, None]).sum(-1)
 
 
-def td_loss(q_network, target_network, batch: Batch, support: torch.Tensor, double: bool) -> tuple:
+def td_loss(
+    q_network: nn.Module, target_network: nn.Module, batch: Batch, support: torch.Tensor, double: bool
+) -> tuple:
     """The cross-entropy (B,) of the distributions of Q(s, a) and their projected targets, and the mean of Q(s, a)."""
     rows = torch.arange(len(batch.action), device=batch.action.device)
     with torch.no_grad():
@@ -474,7 +478,7 @@ def without_noise(network: nn.Module) -> nn.Module:
 
 
 class QValues(nn.Module):
-    """A network, and the means of its distributions."""
+    """A network whose outputs are Q(s, a): the means of its distributions."""
 
     def __init__(self, network: nn.Module, support: torch.Tensor | None) -> None:
         super().__init__()
@@ -636,20 +640,20 @@ def main(args: Args) -> np.ndarray:
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
             run.log(scalars, weights, masks)
         if update and run.due(args.diagnostics_every):
+            q_network.eval()  # without noise
+            target_network.eval()
             run.log(
                 diagnose(
-                    without_noise(q_network),
+                    q_network,
                     replay.sample,
                     masks,
                     ever_active,
-                    loss=lambda q, batch: td_loss(q, without_noise(target_network), batch, support, args.double)[
-                        0
-                    ].mean(),
-                    next_value=lambda batch: q_values(
-                        without_noise(target_network)(batch.next_observation), support
-                    ).amax(1),
+                    loss=lambda q, batch: td_loss(q, target_network, batch, support, args.double)[0].mean(),
+                    next_value=lambda batch: q_values(target_network(batch.next_observation), support).amax(1),
                 )
             )
+            q_network.train()
+            target_network.train()
         if run.due(args.eval_every):
             run.evaluate(make_policy(args, networks))
         if run.due(args.checkpoint_every):

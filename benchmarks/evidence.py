@@ -171,7 +171,9 @@ def table(cells: dict[Cell, dict[int, Curve]]) -> str:
         curves = [cells[cell][seed] for seed in sorted(cells[cell])]
         scores = np.array([curve.score for curve in curves])
         estimate = bootstrap(mean, [scores])
-        shown = f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
+        shown = f"{estimate.value:.4g}"
+        if len(scores) > 1:
+            shown += f" [{estimate.low:.4g}, {estimate.high:.4g}]"
         each = ", ".join(f"{score:.4g}" for score in scores)
         evaluation = np.mean([curve.evaluation for curve in curves])
         evaluation = "" if np.isnan(evaluation) else f"{evaluation:.4g}"
