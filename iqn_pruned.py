@@ -503,7 +503,7 @@ def make_policy(args: Args, networks: dict[str, nn.Module]) -> Policy:
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:  # (n, *obs shape) -> (n,)
-        tau = np.stack([rng.random(args.n_policy_quantiles) for rng in rngs])  # of the episode's own random numbers
+        tau = np.stack([rng.random(args.n_policy_quantiles) for rng in rngs])  # from each episode's own generator
         q = q_network(to_device(obs, device), to_device(tau, device)).mean(1)  # (n, A)
         greedy = q.argmax(1).tolist()
         explore = [rng.random() < args.eval_epsilon for rng in rngs]
