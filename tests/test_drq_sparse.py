@@ -492,7 +492,7 @@ def test_a_replay_that_does_not_fit_is_smaller_and_says_so(tmp_path, monkeypatch
     flags = TINY | {"env_id": "tests.dot:Dot-v0", "total_timesteps": 100}
     stop_at(80)
     folder, _ = run_main(drq_sparse, tmp_path, **flags)
-    assert "note: the replay has 36 transitions (0.0 GB): 100 need 0.0 GB of memory\n" in capsys.readouterr().out
+    assert "note: the replay has 36 rows (0.0 GB): 100 need 0.0 GB of memory\n" in capsys.readouterr().out
     assert load(folder / "checkpoint.pt")["args"]["buffer_size"] == 36
     monkeypatch.undo()  # more memory is free when it is resumed
     run_main(drq_sparse, tmp_path, **flags | {"resume": str(folder / "checkpoint.pt"), "buffer_size": 36})
