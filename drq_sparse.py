@@ -468,9 +468,8 @@ def main(args: Args) -> np.ndarray:
         else:  # RigL and SET: the change of topology replaces the gradient step
             drop_fraction = cosine_drop_fraction(mask_progress, args.drop_fraction)
             rewire(weights[net], masks[net], optimizers[net], drop_fraction, args.method)
-        apply_masks(
-            weights[net], masks[net]
-        )  # after every step: gradients and Adam's moments would revive pruned weights
+        # After every step, as gradients and Adam's moments would revive pruned weights
+        apply_masks(weights[net], masks[net])
         if mask_progress is not None:
             ever_active[net].update(masks[net])
 
