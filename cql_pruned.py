@@ -498,7 +498,7 @@ def main(args: Args) -> np.ndarray:
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
     if device.type == "cpu" and atari_game(args.env_id):
-        print("note: Atari takes weeks on a CPU; for a task of minutes, see the first two commands in cql_pruned.py")
+        print("note: Atari takes days on a CPU; for a task of minutes, see the first two commands in cql_pruned.py")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = make_networks(args, obs_space, action_space)

@@ -401,7 +401,7 @@ def main(args: Args) -> np.ndarray:
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     n_actions = int(action_space.n)
     if device.type == "cpu" and atari_game(args.env_id):
-        print("note: Atari takes weeks on a CPU; for a task of minutes: python dqn_sparse.py --env-id CartPole-v1")
+        print("note: Atari takes days on a CPU; for a task of minutes: python dqn_sparse.py --env-id CartPole-v1")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = make_networks(args, obs_space, action_space)

@@ -411,7 +411,8 @@ def main(args: Args) -> np.ndarray:
     capacity = capacity_that_fits(wanted, args.num_envs, obs_space, args.frame_stack, device)
     if capacity < wanted:
         args = replace(args, buffer_size=capacity)  # so that a resumed run asks for a replay of the same size
-    stack, padding = args.frame_stack, "reset"  # as the environments do: an episode's first frame fills its first stack
+    stack = args.frame_stack
+    padding = "reset"  # an episode's first frame fills its first stack, as in the environments
     replay = Replay(capacity, args.num_envs, obs_space, action_space, stack, args.n_step, args.gamma, device, padding)
     std = torch.tensor(args.start_std, device=device)  # of exploration; a tensor, since it changes between replays
 

@@ -492,7 +492,7 @@ class MeanQuantiles(nn.Module):
 
 
 def make_greedy(args: Args, networks: dict[str, nn.Module]) -> nn.Module:
-    """The network that acts greedily, for `utils.export`: observations (n, *obs shape) -> Q (n, A), not random."""
+    """The network that acts greedily, for `utils.export`: observations (n, *obs shape) -> Q (n, A); deterministic."""
     return MeanQuantiles(networks["q_network"])
 
 
@@ -521,7 +521,7 @@ def main(args: Args) -> np.ndarray:
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     n_actions = int(action_space.n)
     if device.type == "cpu" and atari_game(args.env_id):
-        print("note: Atari takes weeks on a CPU; for a task of minutes: python iqn_pruned.py --env-id CartPole-v1")
+        print("note: Atari takes days on a CPU; for a task of minutes: python iqn_pruned.py --env-id CartPole-v1")
 
     # ---- Agent -------------------------------------------------------------------------------------------------------
     networks = make_networks(args, obs_space, action_space)

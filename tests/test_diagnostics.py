@@ -292,7 +292,7 @@ def test_the_other_scripts_log_them_and_learn_the_same(script, tmp_path, train):
     }[script]
     if script is cql_pruned:
         train(save_dataset=flags["dataset"])
-    looked, networks = runs_of(script, tmp_path, "looked", diagnostics_every=100, **flags)
+    looked, networks = runs_of(script, tmp_path, "looked", diagnostics_every=50, **flags)
     plain, same_networks = runs_of(script, tmp_path, "plain", **flags)
     for net, state in networks.items():
         for name, value in state.items():

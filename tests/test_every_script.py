@@ -106,6 +106,7 @@ def test_a_resumed_run_continues_from_the_whole_state(script, tmp_path, stop_at,
     folder = train(script, tmp_path, method="rigl", diagnostics_every=50)
     saved = load(folder / "checkpoint.pt")
     assert not (folder / "model.pt").exists() and saved["update"] > 0
+    assert active(saved["state"]["ever_active"]) > active(saved["state"]["masks"])  # which have the same size always
     stop_at(None)
 
     found = {}
@@ -127,6 +128,11 @@ def test_a_resumed_run_continues_from_the_whole_state(script, tmp_path, stop_at,
     episodes = read_episodes(folder)
     np.testing.assert_array_equal(episodes[: len(before)], before)
     assert (np.diff(episodes[:, 0]) > 0).all() and read_evaluations(folder)[-1, 0] == run_length(script)
+
+
+def active(part: dict | torch.Tensor) -> int:
+    """The number of ones in a mask, or in all masks of a nest of dicts."""
+    return sum(map(active, part.values())) if isinstance(part, dict) else int(part.count_nonzero())
 
 
 def run_length(script: str) -> int:

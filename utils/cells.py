@@ -108,9 +108,9 @@ def write_flags(cell: Cell) -> None:
 
 
 def check_folder(cell: Cell) -> None:
-    """Ends the program if the cell's folder was made with flags that would have learned something else."""
+    """Ends the program if the cell's folder holds a run with flags that would have learned something else."""
     path = cell.folder / "flags.json"
-    if not path.exists():
+    if not (path.exists() and run_folders(cell)):
         return
     try:
         found = json.loads(path.read_text())
@@ -124,6 +124,7 @@ def check_folder(cell: Cell) -> None:
 
 
 def learning_flags(cell: Cell) -> dict:
+    """All but those that only say how to run the script."""
     ignored = {field.name for field in fields(RunFlags)}
     return {name: value for name, value in cell.args.items() if name not in ignored}
 

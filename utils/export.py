@@ -292,7 +292,8 @@ tags:
 
 # {script} on {args.env_id}
 
-An agent trained with sparse-rl's `{script}.py --method {args.method}`, compacted by `python -m utils.export`. MIT.
+An agent trained with sparse-rl's `{script}.py --method {args.method}`, compacted by `python -m utils.export`.
+MIT licence.
 
 ```python
 import torch

@@ -28,7 +28,16 @@ from utils.analysis.results import import_file, warn
 from utils.cells import Cell
 from utils.checkpoints import write_atomically
 from utils.command_line import Positional, known_flags
-from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_flags, fail, first_line
+from utils.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_flags,
+    expect,
+    fail,
+    first_line,
+)
 from utils.launch import run_program
 from utils.runs import versions
 
@@ -118,15 +127,16 @@ def command(cell: Cell) -> list[str]:
 
 def concurrency(args: Args, resources: dict[str, float]) -> int:
     """How many runs go at once, printed with the reason; ends the program if not even one does."""
-    wanted = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run, "memory": args.memory_per_run}
-    there = {name: resources.get(name, 0) for name in wanted}
-    there["memory"] /= 1e9  # bytes
-    limits = {name: there[name] / need for name, need in wanted.items() if need}
-    flags = {"CPU": "--cpus-per-run", "GPU": "--gpus-per-run", "memory": "--memory-per-run"}
-    for name, limit in limits.items():
-        if limit < 1:
-            fail(f"{flags[name]}: expected at most what there is, {there[name]:.3g}, got {wanted[name]:g}")
-    counts = {name: math.floor(limit + 1e-9) for name, limit in limits.items()}
+    counts = {}
+    for name, field, unit in (
+        ("CPU", "cpus_per_run", 1),
+        ("GPU", "gpus_per_run", 1),
+        ("memory", "memory_per_run", 1e9),
+    ):
+        need, there = getattr(args, field), resources.get(name, 0) / unit
+        expect(args, field, need <= there, f"at most {there:.3g}, which is all there is")
+        if need:
+            counts[name] = math.floor(there / need + 1e-9)
     if args.jobs:
         counts["--jobs"] = args.jobs
     at_once = min(counts.values())
