@@ -127,13 +127,10 @@ def command(cell: Cell) -> list[str]:
 
 def concurrency(args: Args, resources: dict[str, float]) -> int:
     """How many runs go at once, printed with the reason; ends the program if not even one does."""
+    units = {"CPU": 1, "GPU": 1, "memory": 1e9}  # of the flags, in those of Ray, which counts bytes
     counts = {}
-    for name, field, unit in (
-        ("CPU", "cpus_per_run", 1),
-        ("GPU", "gpus_per_run", 1),
-        ("memory", "memory_per_run", 1e9),
-    ):
-        need, there = getattr(args, field), resources.get(name, 0) / unit
+    for name, field in zip(units, ("cpus_per_run", "gpus_per_run", "memory_per_run")):
+        need, there = getattr(args, field), resources.get(name, 0) / units[name]
         expect(args, field, need <= there, f"at most {there:.3g}, which is all there is")
         if need:
             counts[name] = math.floor(there / need + 1e-9)
