@@ -152,6 +152,7 @@ CLASSIC_CONTROL = {
     "buffer_size": 60_000,
     "learning_starts": 1_000,
     "target_network_frequency": 100,
+    "gamma": 0.995,  # a horizon long enough to see a cart drift off its track
     "n_step": 10,  # long returns and frequent target updates: values must propagate quickly in a short run
     "exploration_steps": 5_000,
     "clip_rewards": False,
