@@ -114,5 +114,17 @@ def test_runs_that_the_table_cannot_tell_apart(logged_run, tmp_path, capsys):
     assert not (tmp_path / "results.csv").exists()
 
 
+def test_collected_sparsity_is_that_of_the_networks(logged_run, tmp_path, capsys):
+    out, flags = tmp_path / "results.csv", {"method": "random", "sparsity": 0.8, "actor_sparsity": 0.9}
+    same = logged_run("Hopper-v5__sac_sparse__1__1", [(1_000, 40, 20)], critic_sparsity=0.9, **flags)
+    evidence.collect([str(same)], out, None)
+    [cells] = evidence.read(out).values()
+    assert [cell.name for cell in cells] == ["random 0.9"]
+    different = logged_run("Hopper-v5__sac_sparse__1__2", [(1_000, 40, 20)], critic_sparsity=None, **flags)
+    with pytest.raises(SystemExit) as ended:
+        evidence.collect([str(different)], out, None)
+    assert ended.value.code == 2 and "0.9" in capsys.readouterr().err
+
+
 def test_a_spread_of_nothing_is_an_empty_cell():
     assert spread([3.0, 1.0, 1.5], ".2f") == "1.00, 1.50, 3.00" and spread([], ".2f") == ""
