@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.analysis.results import LoggedRun, find_runs, warn  # noqa: E402
 from utils.analysis.statistics import bootstrap, mean  # noqa: E402
-from utils.compare import OTHER, STYLES, sparsity_of  # noqa: E402
+from utils.compare import OTHER, STYLES, sparsities_of  # noqa: E402
 from utils.curves import styled  # noqa: E402
 from utils.flags import fail  # noqa: E402
 from utils.records import read_scalars  # noqa: E402
@@ -78,14 +78,14 @@ class Curve(NamedTuple):
 def rows_of(run: LoggedRun, steps: int) -> list[list]:
     """The rows of the first steps of one run; a stretch in which no episode ended has no row."""
     args, rows = run.args, []
-    sparsity = sparsity_of(args)
-    if "/" in sparsity:
-        fail(f"{run.folder}: its networks differ in their sparsity ({sparsity}), for which there is no column")
+    sparsities = sparsities_of(args)
+    if len(sparsities) > 1:
+        fail(f"{run.folder}: its networks differ in their sparsity {sparsities}, for which there is no column")
     key = (
         args["script"],
         args["env_id"],
         args["method"],
-        float(sparsity),
+        sparsities[0],
         args["width"],
         int(args.get("bias", True)),
         args["seed"],

@@ -95,13 +95,14 @@ class Row(NamedTuple):
     minutes: float
 
 
-def sparsity_of(args: dict) -> str:
-    """The final sparsity that a run's flags say; "0 / 0.9 / 0.9" if its networks' differ, "0" of a dense run."""
+def sparsities_of(args: dict) -> tuple[float, ...]:
+    """The final sparsity that a run's flags give: one number, or one for each of `PARTS` if they differ; 0 of a dense
+    run."""
     if args["method"] == "dense":
-        return "0"
+        return (0.0,)
     own = [args[name] for name in PARTS if name in args] or [None]
-    values = [f"{args['sparsity'] if value is None else value:g}" for value in own]
-    return values[0] if len(set(values)) == 1 else " / ".join(values)
+    values = tuple(float(args["sparsity"] if value is None else value) for value in own)
+    return values[:1] if len(set(values)) == 1 else values
 
 
 def kinds_of(runs: Sequence[LoggedRun], by: Sequence[str]) -> dict[Kind, list[LoggedRun]]:
@@ -110,7 +111,8 @@ def kinds_of(runs: Sequence[LoggedRun], by: Sequence[str]) -> dict[Kind, list[Lo
     for run in runs:
         script = run.args["script"] or "?"
         more = ", ".join(f"{name} {run.args.get(name)}" for name in by)
-        kind = Kind(run.args["width"], script, run.args["method"], sparsity_of(run.args), more)
+        sparsity = " / ".join(f"{value:g}" for value in sparsities_of(run.args))
+        kind = Kind(run.args["width"], script, run.args["method"], sparsity, more)
         kinds.setdefault(kind, []).append(run)
     return dict(sorted(kinds.items(), key=lambda item: item[0].order()))
 
