@@ -17,7 +17,7 @@ from conftest import CARTPOLE, ENV, ROOT, as_flags, load, run_script
 import dqn_sparse
 from dqn_sparse import Args, preset
 from utils import runs
-from utils.checkpoints import all_finite, save_atomically, write_atomically
+from utils.checkpoints import all_finite, load_state, save_atomically, state_of, write_atomically
 from utils.flags import parse_args
 from utils.records import read_episodes, read_evaluations, read_scalars, training_seconds
 from utils.runs import Run, StopSignal
@@ -236,6 +236,26 @@ def test_what_is_not_finite_in_a_state():
     torch.nn.init.constant_(bad.bias, torch.inf)
     assert all_finite({"network": good, "log_alpha": torch.tensor(-torch.inf), "weights": {"0": torch.zeros(2)}})
     assert not all_finite({"network": bad}) and not all_finite({"weights": {"0": torch.tensor([0.0, torch.nan])}})
+
+
+def test_a_restored_optimizer_keeps_its_own_settings():
+    """A run may continue on a CPU that began on a GPU, where Adam is `capturable`: with that it refuses to step."""
+
+    def stepped(gradient, **settings):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.Adam([weight], **settings)
+        weight.grad = torch.full((3,), gradient)
+        optimizer.step()
+        return weight, optimizer
+
+    weight, saved = stepped(2.0, lr=0.5)
+    state = state_of(saved)
+    state["param_groups"][0]["capturable"] = True
+    own_weight, own = stepped(7.0, lr=0.1)
+    load_state(own, state)
+    assert own.param_groups[0]["lr"] == 0.1 and not own.param_groups[0]["capturable"]
+    torch.testing.assert_close(own.state[own_weight]["exp_avg"], saved.state[weight]["exp_avg"])
+    own.step()
 
 
 def test_a_finished_run_is_lengthened(train):
