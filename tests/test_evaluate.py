@@ -10,6 +10,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 import dqn_sparse
+import rainbow_pruned
 from utils import evaluate as command
 from utils.analysis.results import Model, atari_scores, cost, human_normalised, load_model
 from utils.records import read_evaluations
@@ -131,6 +132,15 @@ def test_cost_of_convolutions_by_hand():
     assert cost(model).active == sum(weights for weights, _ in layers.values())
     assert cost(model).total == cost(model).active + 63 * 32 * 16
     assert cost(model).flops == 2 * sum(weights * places for weights, places in layers.values())
+
+
+def test_cost_of_noisy_layers_is_that_of_their_means():
+    """The weights of the noise count as weights; an evaluation multiplies by none of them."""
+    args = dataclasses.replace(rainbow_pruned.Args(), noisy=True, n_atoms=5)
+    space = Box(-1, 1, (4,))
+    networks = rainbow_pruned.make_networks(args, space, Discrete(2))
+    torso, head = 4 * 512, 512 * 512 + 512 * 2 * 5
+    assert cost(Model(rainbow_pruned, args, networks, {}, space)) == (torso + 2 * head,) * 2 + (2 * (torso + head),)
 
 
 def test_human_normalised_scores():
