@@ -19,7 +19,7 @@ from dqn_sparse import Args, preset
 from utils import runs
 from utils.checkpoints import all_finite, load_state, save_atomically, state_of, write_atomically
 from utils.flags import parse_args
-from utils.records import read_episodes, read_evaluations, read_scalars, training_seconds
+from utils.records import last_row, read_episodes, read_evaluations, read_scalars, training_seconds
 from utils.runs import Run, StopSignal
 
 TINY = as_flags(CARTPOLE)
@@ -236,6 +236,16 @@ def test_what_is_not_finite_in_a_state():
     torch.nn.init.constant_(bad.bias, torch.inf)
     assert all_finite({"network": good, "log_alpha": torch.tensor(-torch.inf), "weights": {"0": torch.zeros(2)}})
     assert not all_finite({"network": bad}) and not all_finite({"weights": {"0": torch.tensor([0.0, torch.nan])}})
+
+
+def test_the_last_row_of_a_log(tmp_path):
+    """A header is not one, nor is a line that a kill has torn."""
+    path = tmp_path / "scalars.csv"
+    assert last_row(path) is None
+    path.write_text("step,value\n")
+    assert last_row(path) is None
+    path.write_text("step,value\n1,2.5\n2,3")
+    assert last_row(path) == ["1", "2.5"]
 
 
 def test_a_restored_optimizer_keeps_its_own_settings():
