@@ -17,7 +17,8 @@ from conftest import CARTPOLE, ENV, ROOT, as_flags, load, run_script
 import dqn_sparse
 from dqn_sparse import Args, preset
 from utils import runs
-from utils.checkpoints import all_finite, load_state, save_atomically, state_of, write_atomically
+from utils.checkpoints import all_finite, load_state, save_atomically, state_of
+from utils.files import write_atomically
 from utils.flags import parse_args
 from utils.records import last_row, read_episodes, read_evaluations, read_scalars, training_seconds
 from utils.runs import Run, StopSignal

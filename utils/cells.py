@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Literal, NamedTuple, get_origin, get_type_hints
 
-from utils.checkpoints import write_atomically
+from utils.files import write_atomically
 from utils.flags import RunFlags, fail, parse_args
 from utils.records import last_row
 

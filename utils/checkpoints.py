@@ -1,45 +1,25 @@
-"""Files that survive a kill, written under another name and renamed; and the state that goes into checkpoints."""
+"""Checkpoints: the state that goes into them, and how they are written and read."""
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import torch
 
+from utils.files import replacing
 from utils.flags import fail
 
 CONTENT = {"script", "args", "state", "step", "update", "seconds", "rng"}  # of a checkpoint
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save` to a temporary name, then a rename: a kill at any moment leaves the old file or the new one.
+    """`torch.save`, which leaves the old file or the new one at any moment.
 
     Raises:
         OSError, RuntimeError: it cannot be written; `path` is as it was.
     """
-    partial = path.with_name(path.name + ".part")
-    try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_atomically(content: str | bytes, path: Path) -> None:
-    """Replaces a file: a kill or a full disk leaves the old one."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: str) -> dict:

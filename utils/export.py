@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.analysis.compact import Shape, SparseLinear, compact, drop_unused, quiet, seconds, trace, use_csr
 from utils.analysis.results import Model, load_model, warn
-from utils.checkpoints import write_atomically
 from utils.command_line import Positional, fail, flag
 from utils.envs import EVALUATION_SEED, atari_game, evaluate, make_env
+from utils.files import write_atomically
 from utils.flags import NonNegativeInt, PositiveInt, RunFlags, check_flags, first_line
 from utils.launch import run_command
 

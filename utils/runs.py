@@ -27,8 +27,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.checkpoints import all_finite, load_checkpoint, load_state, save_atomically, state_of, write_atomically
+from utils.checkpoints import all_finite, load_checkpoint, load_state, save_atomically, state_of
 from utils.envs import EVALUATION_SEED, Policy, evaluate
+from utils.files import write_atomically
 from utils.flags import CpuRunFlags, Diverged, RunFlags, fail, first_line
 from utils.masks import active_count, sparsity_scalars
 

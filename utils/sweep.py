@@ -26,8 +26,8 @@ from typing import Annotated
 from utils import cells as grid
 from utils.analysis.results import import_file, warn
 from utils.cells import Cell
-from utils.checkpoints import write_atomically
 from utils.command_line import Positional, known_flags
+from utils.files import write_atomically
 from utils.flags import (
     NonNegativeFloat,
     NonNegativeInt,
