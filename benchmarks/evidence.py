@@ -21,6 +21,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -205,40 +207,53 @@ def in_order(cells: dict[Cell, dict[int, Curve]]) -> list[Cell]:
     return sorted(cells, key=lambda cell: (place[cell], cell.method, cell.sparsity, not cell.bias, cell.width))
 
 
+def shade(color: str, place: int, number: int) -> tuple[float, ...]:
+    """The colour of one of `number` sparsities of a method: lighter for the first, darker for the last."""
+    rgb = np.array(to_rgb(color))
+    tint = 0.0 if number == 1 else 0.45 - 0.9 * place / (number - 1)
+    return tuple(rgb + tint * (1 - rgb) if tint > 0 else rgb * (1 + tint))
+
+
 @styled
 def draw(tasks: dict, out: Path) -> None:
-    """A row of panels for each task: score against width with a dot for each run, and learning curves."""
-    figure, panels = plt.subplots(len(tasks), 2, figsize=(11, 4 * len(tasks)), squeeze=False)
+    """A row of panels for each task: score against width with a dot for each run, and learning curves.
+
+    Colours are methods, their shades sparsities; dashes and hollow markers mean no biases; wide networks have thick
+    curves. One legend serves both panels.
+    """
+    figure, panels = plt.subplots(len(tasks), 2, figsize=(13, 4 * len(tasks)), squeeze=False)
     for (left, right), ((script, env_id), cells) in zip(panels, tasks.items()):
         widths = sorted({cell.width for cell in cells})
+        thickness = dict(zip(widths, np.linspace(0.8, 2.4, len(widths))))
         lines = list(dict.fromkeys(cell._replace(width=0) for cell in in_order(cells)))
-        for number, line in enumerate(lines):
+        for line in lines:
             color, marker = STYLES.get(line.method, OTHER)
-            own = [cell for cell in in_order(cells) if cell._replace(width=0) == line]
-            same_method = [other for other in lines if other.method == line.method]
-            style, fill = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "right"))[same_method.index(line) % 4]
-            offset = 0.06 * (number - (len(lines) - 1) / 2)  # side by side
+            sparsities = sorted({other.sparsity for other in lines if other.method == line.method})
+            color = shade(color, sparsities.index(line.sparsity), len(sparsities))
+            style, fill = ("-", "full") if line.bias else ("--", "none")
             middles, places = [], []
-            for cell in own:
+            for cell in [cell for cell in in_order(cells) if cell._replace(width=0) == line]:
                 scores = np.array([curve.score for curve in cells[cell].values()])
-                places.append(widths.index(cell.width) + offset)
+                beside = [other for other in lines if other._replace(width=cell.width) in cells]
+                places.append(widths.index(cell.width) + 0.06 * (beside.index(line) - (len(beside) - 1) / 2))
                 middles.append(bootstrap(mean, [scores]))
                 left.plot([places[-1]] * len(scores), scores, ".", color=color, alpha=0.4, markersize=5)
                 step = next(iter(cells[cell].values())).step
                 curves = np.array([np.interp(step, c.step, c.value) for c in cells[cell].values()])
-                thickness = 0.8 + 1.6 * widths.index(cell.width) / max(1, len(widths) - 1)
-                label = f"{cell.name}, width {cell.width}"
-                right.plot(step, curves.mean(0), style, color=color, linewidth=thickness, label=label)
+                right.plot(step, curves.mean(0), style, color=color, linewidth=thickness[cell.width])
             value, low, high = np.array(middles).T
             error = np.maximum([value - low, high - value], 0)
             looks = {"color": color, "marker": marker, "fillstyle": fill, "linestyle": style}
             left.errorbar(places, value, error, capsize=3, label=line.name, **looks)
         left.set_xticks(range(len(widths)), [str(width) for width in widths])
+        left.set_xlim(-0.5, len(widths) - 0.5)
         left.set(title=f"{script} on {env_id}", xlabel="width", ylabel="return, last tenth of training")
-        right.set(xlabel="agent steps", ylabel="return")
+        right.set(title="mean over the runs", xlabel="agent steps", ylabel="return")
         right.xaxis.set_major_formatter("{x:,.0f}")
-        left.legend(fontsize="small")
-        right.legend(fontsize="x-small", ncols=2)
+        handles, _ = left.get_legend_handles_labels()
+        for width in widths:
+            handles.append(Line2D([], [], color="gray", linewidth=thickness[width], label=f"width {width}"))
+        right.legend(handles=handles, fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(out)
     plt.close(figure)
     print(f"wrote {out}")
