@@ -3,9 +3,10 @@
     python benchmarks/evidence.py collect "sweeps/asterix/*/*/*" --out results/asterix.csv
     python benchmarks/evidence.py draw                 # all figures of docs/evidence.md again, tables to stdout
 
-A row of the csv file is a fiftieth of a run: the mean return of the training episodes that ended in it. The last row of
-a run also has the mean return of its final evaluation, and of a run with `--diagnostics-every` the means of some of the
-diagnostics over the last fifth of training. A run's score is its mean return over the last tenth of training.
+A row of the csv file is a fiftieth of a run: the mean return of the training episodes that ended in it, or of the
+evaluations of an offline run. The last row of a run also has the mean return of its final evaluation, and of a run with
+`--diagnostics-every` the means of some of the diagnostics over the last fifth of training. A run's score is its mean
+return over the last tenth of training.
 """
 
 import argparse
@@ -248,7 +249,8 @@ def draw(tasks: dict, out: Path) -> None:
         left.set_xticks(range(len(widths)), [str(width) for width in widths])
         left.set_xlim(-0.5, len(widths) - 0.5)
         left.set(title=f"{script} on {env_id}", xlabel="width", ylabel="return, last tenth of training")
-        right.set(title="mean over the runs", xlabel="agent steps", ylabel="return")
+        steps = "updates" if script == "cql_pruned" else "agent steps"
+        right.set(title="mean over the runs", xlabel=steps, ylabel="return")
         right.xaxis.set_major_formatter("{x:,.0f}")
         handles, _ = left.get_legend_handles_labels()
         for width in widths:
