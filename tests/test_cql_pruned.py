@@ -1,6 +1,7 @@
 """The offline agent: losses against slow literal versions, learning from a mixed log, resuming, bad input."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -238,6 +239,12 @@ def test_a_resumed_run_ends_with_the_same_weights(mixed_log, tmp_path):
     for name, mask in whole["masks"]["q_network"].items():
         assert torch.equal(mask, again["masks"]["q_network"][name]), name
     assert read_evaluations(run).tolist() == evaluations.tolist()
+
+
+def test_the_progress_line_shows_the_latest_evaluation(mixed_log, tmp_path, capsys):
+    learn(mixed_log[0], tmp_path, total_updates=300, eval_every=100)  # a line after each 100 updates
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100%" in last and re.search(r"return=\d", last), last
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,8 @@ class Run:
         for episode, (value, length) in enumerate(zip(returns, lengths)):
             self._row("evaluations.csv", self.step, episode, f"{value:g}", length)
         self._try("TensorBoard", self.writer.add_scalar, "eval/episodic_return", returns.mean(), self.step)
+        if self.unit == "update":  # an offline run has no other returns to show
+            self.latest_return = returns.mean()
         return returns
 
     def checkpoint(self) -> None:
