@@ -105,12 +105,12 @@ def test_collected_diagnostics_are_means_over_the_last_fifth(logged_run, tmp_pat
 
 
 def test_collected_evaluations_of_an_offline_run(logged_run, tmp_path):
-    out, evaluations = tmp_path / "results.csv", [(500, 1, 2, 9), (500, 2, 4, 9), (1_000, 1, 5, 9), (1_000, 2, 7, 9)]
+    out, evaluations = tmp_path / "results.csv", [(900, 1, 2, 9), (900, 2, 4, 9), (1_000, 1, 5, 9), (1_000, 2, 7, 9)]
     run = logged_run("CartPole-v1__cql_pruned__1__1", [], evaluations=evaluations, total_updates=1_000)
     evidence.collect([str(run)], out, None)
     [cells] = evidence.read(out).values()
     [[curve]] = (curves.values() for curves in cells.values())
-    assert list(curve.step) == [500, 1_000] and list(curve.value) == [3, 6] and curve.score == curve.evaluation == 6
+    assert list(curve.step) == [900, 1_000] and list(curve.value) == [3, 6] and curve.score == curve.evaluation == 6
 
 
 def test_runs_that_the_table_cannot_tell_apart(logged_run, tmp_path, capsys):

@@ -214,6 +214,20 @@ def test_a_unit_goes_only_if_the_sum_that_it_feeds_allows_it():
     assert small.first.out_features == small.second.out_features == small.last.in_features == 2
 
 
+class SumReadElsewhere(Sum):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        second = self.second(x)
+        elsewhere = second.cumsum(1)[:, -1:]
+        return self.last(torch.tanh(self.first(x)) + second) + elsewhere
+
+
+def test_a_unit_stays_in_a_sum_if_what_is_not_understood_reads_its_other_summand():
+    network = SumReadElsewhere().double()
+    with torch.no_grad():
+        network.last.weight[0, 3] = 0
+    assert numel(made_compact(network, torch.zeros(2, 2, dtype=torch.float64))) == numel(network)
+
+
 def test_a_channel_that_is_read_after_flattening_stays_if_any_place_of_it_is_read():
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4, 2)).double()
     with torch.no_grad():
