@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENV, ROOT
+from conftest import ENV, ROOT, run_python
 
 import dqn_sparse
 from utils import cells as grid
@@ -197,6 +197,12 @@ def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
     assert {path.parents[1].name for path in models} == {"seed=1", "seed=2"}
     again = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and models == {path: path.stat().st_mtime_ns for path in out.glob("*/*/model.pt")}
+
+
+def test_what_a_worker_imports_is_light():
+    """There is one for each run; torch would take seconds and hundreds of megabytes in each."""
+    code = "import sys, utils.cells; print({'torch', 'gymnasium', 'matplotlib'} & set(sys.modules))"
+    assert run_python("-c", code).stdout == "set()\n"
 
 
 def test_a_killed_run_is_resumed_and_a_failing_one_is_reported(tmp_path, sweep):
