@@ -190,12 +190,12 @@ def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
     # This script fills in flags that follow from the environment
     flags = "--env-id Pendulum-v1 --total-timesteps 250 --learning-starts 100 --eval-episodes 1"
     command = ["-m", "utils.sweep", "sac_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
-    ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    ended = run_python(*command)
     assert ended.returncode == 0, ended.stderr
     assert "2 done" in ended.stdout and f"utils.compare '{out}/*/*'" in ended.stdout
     models = {path: path.stat().st_mtime_ns for path in out.glob("*/*/model.pt")}
     assert {path.parents[1].name for path in models} == {"seed=1", "seed=2"}
-    again = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    again = run_python(*command)
     assert again.returncode == 0 and models == {path: path.stat().st_mtime_ns for path in out.glob("*/*/model.pt")}
 
 
