@@ -232,9 +232,11 @@ def draw(tasks: dict, out: Path) -> None:
             sparsities = sorted({other.sparsity for other in lines if other.method == line.method})
             color = shade(color, sparsities.index(line.sparsity), len(sparsities))
             style, fill = ("-", "full") if line.bias else ("--", "none")
+            own = [cell for cell in in_order(cells) if cell._replace(width=0) == line]
             middles, places = [], []
-            for cell in [cell for cell in in_order(cells) if cell._replace(width=0) == line]:
+            for cell in own:
                 scores = np.array([curve.score for curve in cells[cell].values()])
+                # Side by side with the other lines that have this width
                 beside = [other for other in lines if other._replace(width=cell.width) in cells]
                 places.append(widths.index(cell.width) + 0.06 * (beside.index(line) - (len(beside) - 1) / 2))
                 middles.append(bootstrap(mean, [scores]))

@@ -13,7 +13,7 @@ CONTENT = {"script", "args", "state", "step", "update", "seconds", "rng"}  # of 
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save`, which leaves the old file or the new one at any moment.
+    """`torch.save`, by `replacing`: a kill at any moment leaves the old file or the new one.
 
     Raises:
         OSError, RuntimeError: it cannot be written; `path` is as it was.

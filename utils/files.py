@@ -23,5 +23,6 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(content: str | bytes, path: Path) -> None:
+    """Writes a whole file by `replacing`, and raises OSError if it cannot."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
