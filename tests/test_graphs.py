@@ -100,6 +100,7 @@ DRQ = {
     "eval_episodes": 1,
     "device": "cpu",
 }
+IQN = CARTPOLE | {"n_quantiles": 8, "n_target_quantiles": 8, "n_policy_quantiles": 8}
 ATARI = {"env_id": "ALE/Pong-v5", "network": "nature", "method": "random", "total_timesteps": 200, "batch_size": 4}
 RUNS = {
     "dqn gmp": (dqn_sparse, DQN | {"method": "gmp", "n_step": 3, "num_envs": 2}),
@@ -107,8 +108,8 @@ RUNS = {
     "dqn Atari": (dqn_sparse, CARTPOLE | ATARI),
     "rainbow gmp": (rainbow_pruned, DQN | {"method": "gmp"}),
     "rainbow noisy": (rainbow_pruned, CARTPOLE | {"method": "random", "noisy": True, "dueling": True}),
-    "iqn rigl": (iqn_pruned, CARTPOLE | {"method": "rigl", "n_quantiles": 8, "n_target_quantiles": 8}),
-    "m-iqn gmp": (iqn_pruned, CARTPOLE | {"method": "gmp", "n_quantiles": 8, "munchausen": True}),
+    "iqn rigl": (iqn_pruned, IQN | {"method": "rigl"}),
+    "m-iqn gmp": (iqn_pruned, IQN | {"method": "gmp", "munchausen": True}),
     "sac gmp": (sac_sparse, SAC | {"method": "gmp", "num_envs": 2}),
     "sac rigl": (sac_sparse, SAC | {"method": "rigl"}),
     "ddpg simba": (

@@ -164,7 +164,8 @@ class Sweep:
             while len(self.running) < at_once and (cell := self.next_cell()) is not None:
                 actor = worker.remote(os.getcwd())
                 self.running[actor.run.remote(cell, self.args.script.resolve(), threads)] = cell, actor
-            self.collect()
+            if self.waiting or self.running:
+                self.collect()
             self.table.show()
         if self.signals:
             self.stop()
@@ -287,6 +288,12 @@ def render(cells: list[Cell]) -> str:
     )
 
 
+def report(cells: list[Cell], out: Path) -> None:
+    """How far the sweep is, and the commands that show its results."""
+    pattern = shlex.quote(f"{out}/*/*")
+    print(f"{render(cells)}\npython -m utils.compare {pattern}\npython -m utils.plot {pattern}")
+
+
 def take_shard(cells: list[Cell], shard: str) -> list[Cell]:
     index, _, parts = shard.partition("/")
     if not (index.isdecimal() and parts.isdecimal() and int(index) < int(parts)):
@@ -328,8 +335,8 @@ def main(args: Args, words: list[str]) -> None:
         return
     for cell in cells:
         grid.check_folder(cell)
-    if args.status:
-        print(render(cells))
+    if args.status or all(grid.state(cell) == "done" for cell in cells):
+        report(cells, args.out)
         return
 
     ray = start_ray(args)
@@ -350,9 +357,7 @@ def main(args: Args, words: list[str]) -> None:
     sweep.run(at_once)
     with contextlib.suppress(Exception):
         ray.shutdown()
-    print(render(cells))
-    pattern = shlex.quote(f"{args.out}/*/*")
-    print(f"python -m utils.compare {pattern}\npython -m utils.plot {pattern}")
+    report(cells, args.out)
     if sweep.signals:
         print("stopped; the same command resumes the sweep")
         raise SystemExit(128 + sweep.signals[0])
