@@ -164,8 +164,7 @@ class Sweep:
             while len(self.running) < at_once and (cell := self.next_cell()) is not None:
                 actor = worker.remote(os.getcwd())
                 self.running[actor.run.remote(cell, self.args.script.resolve(), threads)] = cell, actor
-            if self.waiting or self.running:
-                self.collect()
+            self.collect()
             self.table.show()
         if self.signals:
             self.stop()
