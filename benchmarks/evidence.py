@@ -42,6 +42,10 @@ DIAGNOSTICS = {  # logged tag, and what a table calls it
     "diagnostics/target_variance": "target variance",
     "diagnostics/gradient_cosine": "gradient cosine",
 }
+LEARNING_RATES = {  # files of results/ that differ in their learning rate alone
+    "DQN": {2.8e-5: "asterix_lr9", 8.3e-5: "asterix_lr", 2.5e-4: "asterix"},
+    "Rainbow": {1e-4: "rainbow_asterix", 3e-4: "rainbow_asterix_lr"},
+}
 KEY = ("script", "env_id", "method", "sparsity", "width", "bias", "seed")  # what tells a run from others
 COLUMNS = (*KEY, "step", "return", "evaluation", *DIAGNOSTICS)
 
@@ -263,6 +267,31 @@ def draw(tasks: dict, out: Path) -> None:
     print(f"wrote {out}")
 
 
+@styled
+def draw_learning_rates(results: Path, out: Path) -> None:
+    """A panel for each agent of `LEARNING_RATES`: score against learning rate of dense networks and of those pruned to
+    90 %; wide networks have thick lines."""
+    figure, panels = plt.subplots(1, len(LEARNING_RATES), figsize=(13, 4))
+    for panel, (agent, files) in zip(panels, LEARNING_RATES.items()):
+        [*tasks] = (cells for name in files.values() for cells in read(results / f"{name}.csv").values())
+        for method, sparsity, width in (("dense", 0.0, 1), ("dense", 0.0, 3), ("gmp", 0.9, 1), ("gmp", 0.9, 3)):
+            cell = Cell(method, sparsity, width, bias=True)
+            scores = [np.array([curve.score for curve in cells[cell].values()]) for cells in tasks]
+            value, low, high = np.array([bootstrap(mean, [each]) for each in scores]).T
+            color, marker = STYLES[method]
+            looks = {"color": color, "marker": marker, "linestyle": "-", "linewidth": 0.8 * width}
+            error = np.maximum([value - low, high - value], 0)
+            panel.errorbar(list(files), value, error, capsize=3, label=f"{cell.name}, width {width}", **looks)
+        panel.set(title=f"{agent} on MinAtar Asterix", xlabel="learning rate", xscale="log")
+        panel.set_xticks(list(files), [f"{rate:.1e}".replace("e-0", "e-") for rate in files])
+        panel.minorticks_off()
+    panels[0].set_ylabel("return, last tenth of training")
+    panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.savefig(out)
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -275,6 +304,7 @@ def main() -> None:
     if args.command == "collect":
         collect(args.runs, args.out, args.steps)
         return
+    draw_learning_rates(ROOT / "results", ROOT / "docs/evidence_learning_rates.png")
     for path in sorted((ROOT / "results").glob("*.csv")):
         tasks = read(path)
         draw(tasks, ROOT / "docs" / f"evidence_{path.stem}.png")

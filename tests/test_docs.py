@@ -5,6 +5,8 @@ import hashlib
 import importlib
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,16 @@ def test_tables_of_the_evidence_are_those_of_the_data(data):
     for cells in evidence.read(data).values():
         assert evidence.table(cells) in page
         assert evidence.diagnostics_table(cells) in page
+
+
+def test_figures_of_the_evidence_are_those_that_are_drawn(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "draw"])
+    evidence.main()
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == set(re.findall(r"\((evidence_\w+\.png)\)", page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
