@@ -192,7 +192,7 @@ def test_a_grid_of_a_real_script_and_the_same_command_again(tmp_path):
     command = ["-m", "utils.sweep", "sac_sparse.py", *flags.split(), "--seed", "1", "2", "--out", str(out)]
     ended = run_python(*command)
     assert ended.returncode == 0, ended.stderr
-    assert "2 done" in ended.stdout and f"utils.compare '{out}/*/*'" in ended.stdout
+    assert ended.stdout.count("2 done") == 1 and f"utils.compare '{out}/*/*'" in ended.stdout
     models = {path: path.stat().st_mtime_ns for path in out.glob("*/*/model.pt")}
     assert {path.parents[1].name for path in models} == {"seed=1", "seed=2"}
     again = run_python(*command)
@@ -287,6 +287,15 @@ def test_status_reads_the_disk(tmp_path, sweep):
     assert process.returncode == 0, err
     assert "1 done, 1 running, 1 stopped, 1 failed, 1 waiting" in text
     assert "signal 9" in text and "step 10 of 20" in text and "2 steps/s" in text and "0:00:05 left" in text
+
+
+def test_progress_of_a_run_that_has_its_model_and_is_still_drawing_its_curve(tmp_path):
+    run = tmp_path / "seed=1" / "Count-v0__count__1__1"
+    run.mkdir(parents=True)
+    (run / "args.json").touch()
+    (run / "scalars.csv").write_text("step,seconds,tag,value\n20,5.0,loss,1\n")
+    (run / "model.pt").touch()
+    assert grid.progress(grid.Cell(run.parent, (), {"total_timesteps": 20})).step == 20
 
 
 def test_a_folder_keeps_its_flags_once_it_holds_a_run(tmp_path, capsys):

@@ -187,10 +187,11 @@ class Progress(NamedTuple):
 
 
 def progress(cell: Cell) -> Progress:
-    """How far the first unfinished run is; nan for what is not known yet."""
+    """How far the first unfinished run is, or the last one if none is left; nan for what is not known yet."""
     nan = float("nan")
     folders = run_folders(cell)
-    folder = next((folder for folder in folders if not (folder / "model.pt").exists()), cell.folder)
+    unfinished_folders = (folder for folder in folders if not (folder / "model.pt").exists())
+    folder = next(unfinished_folders, [cell.folder, *folders][-1])
     step, seconds = (last_row(folder / "scalars.csv") or [0, nan])[:2]
     episode_step, latest = (last_row(folder / "episodes.csv") or [0, nan])[:2]
     step, seconds, latest = float(step), float(seconds), float(latest)

@@ -168,6 +168,7 @@ class Sweep:
             self.table.show()
         if self.signals:
             self.stop()
+        self.table.show(last=True)
 
     def next_cell(self) -> Cell | None:
         """The next one that no other sweep is at, if the disk has room for its checkpoints."""
@@ -242,8 +243,8 @@ class Table:
     def __init__(self, cells: list[Cell]) -> None:
         self.cells, self.lines, self.last, self.next = cells, 0, "", 0.0
 
-    def show(self) -> None:
-        if (now := time.time()) < self.next:
+    def show(self, last: bool = False) -> None:
+        if (now := time.time()) < self.next and not last:
             return
         text = render(self.cells)
         self.next = now + 20 * (time.time() - now)  # a slow disk is not read all the time
@@ -287,10 +288,10 @@ def render(cells: list[Cell]) -> str:
     )
 
 
-def report(cells: list[Cell], out: Path) -> None:
-    """How far the sweep is, and the commands that show its results."""
+def print_next_commands(out: Path) -> None:
+    """Those that show the sweep's results."""
     pattern = shlex.quote(f"{out}/*/*")
-    print(f"{render(cells)}\npython -m utils.compare {pattern}\npython -m utils.plot {pattern}")
+    print(f"python -m utils.compare {pattern}\npython -m utils.plot {pattern}")
 
 
 def take_shard(cells: list[Cell], shard: str) -> list[Cell]:
@@ -335,7 +336,8 @@ def main(args: Args, words: list[str]) -> None:
     for cell in cells:
         grid.check_folder(cell)
     if args.status or all(grid.state(cell) == "done" for cell in cells):
-        report(cells, args.out)
+        print(render(cells))
+        print_next_commands(args.out)
         return
 
     ray = start_ray(args)
@@ -356,7 +358,7 @@ def main(args: Args, words: list[str]) -> None:
     sweep.run(at_once)
     with contextlib.suppress(Exception):
         ray.shutdown()
-    report(cells, args.out)
+    print_next_commands(args.out)
     if sweep.signals:
         print("stopped; the same command resumes the sweep")
         raise SystemExit(128 + sweep.signals[0])
