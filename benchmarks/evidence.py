@@ -299,7 +299,7 @@ def main() -> None:
     collecting.add_argument("runs", nargs="+", help="folders of runs, or patterns of them in quotes")
     collecting.add_argument("--out", type=Path, required=True)
     collecting.add_argument("--steps", type=int, help="of each run take these first steps, even if it is not finished")
-    commands.add_parser("draw", help="draw docs/evidence_<name>.png from every results/<name>.csv, and print tables")
+    commands.add_parser("draw", help="draw all docs/evidence_*.png from results/*.csv, and print tables")
     args = parser.parse_args()
     if args.command == "collect":
         collect(args.runs, args.out, args.steps)

@@ -168,7 +168,6 @@ class Sweep:
             self.table.show()
         if self.signals:
             self.stop()
-        self.table.show(last=True)
 
     def next_cell(self) -> Cell | None:
         """The next one that no other sweep is at, if the disk has room for its checkpoints."""
@@ -358,6 +357,7 @@ def main(args: Args, words: list[str]) -> None:
     sweep.run(at_once)
     with contextlib.suppress(Exception):
         ray.shutdown()
+    sweep.table.show(last=True)
     print_next_commands(args.out)
     if sweep.signals:
         print("stopped; the same command resumes the sweep")
