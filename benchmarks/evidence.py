@@ -219,6 +219,13 @@ def shade(color: str, place: int, number: int) -> tuple[float, ...]:
     return tuple(rgb + tint * (1 - rgb) if tint > 0 else rgb * (1 + tint))
 
 
+def mean_scores(groups: list[dict[int, Curve]]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean score (n,) of each group of runs, and how far its interval reaches below and above (2, n)."""
+    estimates = [bootstrap(mean, [np.array([curve.score for curve in curves.values()])]) for curves in groups]
+    value, low, high = np.array(estimates).T
+    return value, np.maximum([value - low, high - value], 0)
+
+
 @styled
 def draw(tasks: dict, out: Path) -> None:
     """A row of panels for each task: score against width with a dot for each run, and learning curves.
@@ -237,19 +244,17 @@ def draw(tasks: dict, out: Path) -> None:
             color = shade(color, sparsities.index(line.sparsity), len(sparsities))
             style, fill = ("-", "full") if line.bias else ("--", "none")
             own = [cell for cell in in_order(cells) if cell._replace(width=0) == line]
-            middles, places = [], []
+            places = []
             for cell in own:
                 scores = np.array([curve.score for curve in cells[cell].values()])
                 # Side by side with the other lines that have this width
                 beside = [other for other in lines if other._replace(width=cell.width) in cells]
                 places.append(widths.index(cell.width) + 0.06 * (beside.index(line) - (len(beside) - 1) / 2))
-                middles.append(bootstrap(mean, [scores]))
                 left.plot([places[-1]] * len(scores), scores, ".", color=color, alpha=0.4, markersize=5)
                 step = next(iter(cells[cell].values())).step
                 curves = np.array([np.interp(step, c.step, c.value) for c in cells[cell].values()])
                 right.plot(step, curves.mean(0), style, color=color, linewidth=thickness[cell.width])
-            value, low, high = np.array(middles).T
-            error = np.maximum([value - low, high - value], 0)
+            value, error = mean_scores([cells[cell] for cell in own])
             looks = {"color": color, "marker": marker, "fillstyle": fill, "linestyle": style}
             left.errorbar(places, value, error, capsize=3, label=line.name, **looks)
         left.set_xticks(range(len(widths)), [str(width) for width in widths])
@@ -273,14 +278,12 @@ def draw_learning_rates(results: Path, out: Path) -> None:
     90 %; wide networks have thick lines."""
     figure, panels = plt.subplots(1, len(LEARNING_RATES), figsize=(13, 4))
     for panel, (agent, files) in zip(panels, LEARNING_RATES.items()):
-        [*tasks] = (cells for name in files.values() for cells in read(results / f"{name}.csv").values())
+        tasks = [cells for name in files.values() for cells in read(results / f"{name}.csv").values()]
         for method, sparsity, width in (("dense", 0.0, 1), ("dense", 0.0, 3), ("gmp", 0.9, 1), ("gmp", 0.9, 3)):
             cell = Cell(method, sparsity, width, bias=True)
-            scores = [np.array([curve.score for curve in cells[cell].values()]) for cells in tasks]
-            value, low, high = np.array([bootstrap(mean, [each]) for each in scores]).T
+            value, error = mean_scores([cells[cell] for cells in tasks])
             color, marker = STYLES[method]
             looks = {"color": color, "marker": marker, "linestyle": "-", "linewidth": 0.8 * width}
-            error = np.maximum([value - low, high - value], 0)
             panel.errorbar(list(files), value, error, capsize=3, label=f"{cell.name}, width {width}", **looks)
         panel.set(title=f"{agent} on MinAtar Asterix", xlabel="learning rate", xscale="log")
         panel.set_xticks(list(files), [f"{rate:.1e}".replace("e-0", "e-") for rate in files])
