@@ -14,6 +14,7 @@ import csv
 import itertools
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from matplotlib.lines import Line2D
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.analysis.results import LoggedRun, find_runs, warn  # noqa: E402
-from utils.analysis.statistics import bootstrap, mean  # noqa: E402
+from utils.analysis.statistics import Estimate, bootstrap, mean  # noqa: E402
 from utils.compare import OTHER, STYLES, sparsities_of  # noqa: E402
 from utils.curves import styled  # noqa: E402
 from utils.flags import fail  # noqa: E402
@@ -46,6 +47,7 @@ LEARNING_RATES = {  # files of results/ that differ in their learning rate alone
     "DQN": {2.8e-5: "asterix_lr9", 8.3e-5: "asterix_lr", 2.5e-4: "asterix"},
     "Rainbow": {1e-4: "rainbow_asterix", 3e-4: "rainbow_asterix_lr"},
 }
+LEARNING_RATE_PANELS = (("DQN", True), ("DQN", False), ("Rainbow", True))  # agent, and whether its networks have biases
 KEY = ("script", "env_id", "method", "sparsity", "width", "bias", "seed")  # what tells a run from others
 COLUMNS = (*KEY, "step", "return", "evaluation", *DIAGNOSTICS)
 
@@ -179,8 +181,8 @@ def table(cells: dict[Cell, dict[int, Curve]]) -> str:
     ]
     for cell in in_order(cells):
         curves = [cells[cell][seed] for seed in sorted(cells[cell])]
-        scores = np.array([curve.score for curve in curves])
-        estimate = bootstrap(mean, [scores])
+        scores = [curve.score for curve in curves]
+        estimate = interval(cells[cell])
         shown = f"{estimate.value:.4g}"
         if len(scores) > 1:
             shown += f" [{estimate.low:.4g}, {estimate.high:.4g}]"
@@ -206,7 +208,34 @@ def diagnostics_table(cells: dict[Cell, dict[int, Curve]]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def in_order(cells: dict[Cell, dict[int, Curve]]) -> list[Cell]:
+def read_learning_rates(agent: str) -> dict[float, dict[Cell, dict[int, Curve]]]:
+    """The cells of each learning rate of an agent of `LEARNING_RATES`."""
+    rates = {}
+    for rate, name in LEARNING_RATES[agent].items():
+        (rates[rate],) = read(ROOT / "results" / f"{name}.csv").values()
+    return rates
+
+
+def learning_rates_table(rates: dict[float, dict[Cell, dict[int, Curve]]]) -> str:
+    """Markdown: the score of each cell with each learning rate; the best in bold, if there are several."""
+    lines = [f"| method | width | {' | '.join(map(scientific, rates))} |", f"|---|--:|{'--:|' * len(rates)}"]
+    for cell in in_order({cell for cells in rates.values() for cell in cells}):
+        estimates = [interval(cells[cell]) if cell in cells else None for cells in rates.values()]
+        measured = [estimate for estimate in estimates if estimate]
+        best = max(measured, key=lambda estimate: estimate.value) if len(measured) > 1 else None
+        shown = []
+        for estimate in estimates:
+            text = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]" if estimate else ""
+            shown.append(f"**{text}**" if estimate and estimate is best else text)
+        lines.append(f"| {cell.name} | {cell.width} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def scientific(rate: float) -> str:
+    return f"{rate:.1e}".replace("e-0", "e-")
+
+
+def in_order(cells: Iterable[Cell]) -> list[Cell]:
     """Methods as in `STYLES` and a fork's after them; then by sparsity, biases and width."""
     place = {cell: [*STYLES, cell.method].index(cell.method) for cell in cells}
     return sorted(cells, key=lambda cell: (place[cell], cell.method, cell.sparsity, not cell.bias, cell.width))
@@ -219,10 +248,14 @@ def shade(color: str, place: int, number: int) -> tuple[float, ...]:
     return tuple(rgb + tint * (1 - rgb) if tint > 0 else rgb * (1 + tint))
 
 
+def interval(curves: dict[int, Curve]) -> Estimate:
+    """The mean score of runs, and its 95 % bootstrap interval."""
+    return bootstrap(mean, [np.array([curves[seed].score for seed in sorted(curves)])])
+
+
 def mean_scores(groups: list[dict[int, Curve]]) -> tuple[np.ndarray, np.ndarray]:
     """The mean score (n,) of each group of runs, and how far its interval reaches below and above (2, n)."""
-    estimates = [bootstrap(mean, [np.array([curve.score for curve in curves.values()])]) for curves in groups]
-    value, low, high = np.array(estimates).T
+    value, low, high = np.array([interval(curves) for curves in groups]).T
     return value, np.maximum([value - low, high - value], 0)
 
 
@@ -273,21 +306,25 @@ def draw(tasks: dict, out: Path) -> None:
 
 
 @styled
-def draw_learning_rates(results: Path, out: Path) -> None:
-    """A panel for each agent of `LEARNING_RATES`: score against learning rate of dense networks and of those pruned to
-    90 %; wide networks have thick lines."""
-    figure, panels = plt.subplots(1, len(LEARNING_RATES), figsize=(13, 4))
-    for panel, (agent, files) in zip(panels, LEARNING_RATES.items()):
-        tasks = [cells for name in files.values() for cells in read(results / f"{name}.csv").values()]
+def draw_learning_rates(out: Path) -> None:
+    """The panels of `LEARNING_RATE_PANELS`: score against learning rate of dense networks and of those pruned to 90 %;
+    wide networks have thick lines."""
+    figure, panels = plt.subplots(1, len(LEARNING_RATE_PANELS), figsize=(13, 4), sharey=True)
+    for panel, (agent, bias) in zip(panels, LEARNING_RATE_PANELS):
+        rates = read_learning_rates(agent)
         for method, sparsity, width in (("dense", 0.0, 1), ("dense", 0.0, 3), ("gmp", 0.9, 1), ("gmp", 0.9, 3)):
-            cell = Cell(method, sparsity, width, bias=True)
-            value, error = mean_scores([cells[cell] for cells in tasks])
+            cell = Cell(method, sparsity, width, bias)
+            measured = {rate: cells[cell] for rate, cells in rates.items() if cell in cells}
+            value, error = mean_scores(list(measured.values()))
             color, marker = STYLES[method]
             looks = {"color": color, "marker": marker, "linestyle": "-", "linewidth": 0.8 * width}
-            panel.errorbar(list(files), value, error, capsize=3, label=f"{cell.name}, width {width}", **looks)
-        panel.set(title=f"{agent} on MinAtar Asterix", xlabel="learning rate", xscale="log")
-        panel.set_xticks(list(files), [f"{rate:.1e}".replace("e-0", "e-") for rate in files])
+            name = cell._replace(bias=True).name  # the title says which have biases
+            panel.errorbar(list(measured), value, error, capsize=3, label=f"{name}, width {width}", **looks)
+        title = f"{agent} on MinAtar Asterix" if bias else f"{agent} on MinAtar Asterix, without biases"
+        panel.set(title=title, xlabel="learning rate", xscale="log")
+        panel.set_xticks(list(rates), map(scientific, rates))
         panel.minorticks_off()
+        panel.margins(x=0.12)
     panels[0].set_ylabel("return, last tenth of training")
     panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(out)
@@ -307,7 +344,8 @@ def main() -> None:
     if args.command == "collect":
         collect(args.runs, args.out, args.steps)
         return
-    draw_learning_rates(ROOT / "results", ROOT / "docs/evidence_learning_rates.png")
+    draw_learning_rates(ROOT / "docs" / "evidence_learning_rates.png")
+    print(f"\nDQN by learning rate\n\n{learning_rates_table(read_learning_rates('DQN'))}\n")
     for path in sorted((ROOT / "results").glob("*.csv")):
         tasks = read(path)
         draw(tasks, ROOT / "docs" / f"evidence_{path.stem}.png")

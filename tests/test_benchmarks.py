@@ -113,6 +113,23 @@ def test_collected_evaluations_of_an_offline_run(logged_run, tmp_path):
     assert list(curve.step) == [900, 1_000] and list(curve.value) == [3, 6] and curve.score == curve.evaluation == 6
 
 
+def test_learning_rates_side_by_side():
+    """The best of several is bold; one alone is not."""
+
+    def runs(*scores):
+        curves = (evidence.Curve(np.array([100]), np.array([score]), np.nan, np.array([])) for score in scores)
+        return dict(enumerate(curves))
+
+    dense, pruned = evidence.Cell("dense", 0.0, 1, True), evidence.Cell("gmp", 0.9, 3, False)
+    table = evidence.learning_rates_table({1e-4: {dense: runs(4)}, 3e-4: {pruned: runs(7), dense: runs(1, 1)}})
+    assert table.splitlines() == [
+        "| method | width | 1.0e-4 | 3.0e-4 |",
+        "|---|--:|--:|--:|",
+        "| dense | 1 | **4.0 [4.0, 4.0]** | 1.0 [1.0, 1.0] |",
+        "| gmp 0.9 without biases | 3 |  | 7.0 [7.0, 7.0] |",
+    ]
+
+
 def test_runs_that_the_table_cannot_tell_apart(logged_run, tmp_path, capsys):
     """Neither silently replaces the other."""
     for name, algorithm in (("1", "sac"), ("2", "ddpg")):

@@ -104,6 +104,11 @@ def test_tables_of_the_evidence_are_those_of_the_data(data):
         assert evidence.diagnostics_table(cells) in page
 
 
+def test_table_of_learning_rates_is_that_of_the_data():
+    table = evidence.learning_rates_table(evidence.read_learning_rates("DQN"))
+    assert table in (ROOT / "docs" / "evidence.md").read_text()
+
+
 def test_figures_of_the_evidence_are_those_that_are_drawn(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     (tmp_path / "docs").mkdir()
