@@ -220,14 +220,16 @@ def learning_rates_table(rates: dict[float, dict[Cell, dict[int, Curve]]]) -> st
     """Markdown: the score of each cell with each learning rate; the best in bold, if there are several."""
     lines = [f"| method | width | {' | '.join(map(scientific, rates))} |", f"|---|--:|{'--:|' * len(rates)}"]
     for cell in in_order({cell for cells in rates.values() for cell in cells}):
-        estimates = [interval(cells[cell]) if cell in cells else None for cells in rates.values()]
-        measured = [estimate for estimate in estimates if estimate]
-        best = max(measured, key=lambda estimate: estimate.value) if len(measured) > 1 else None
-        shown = []
-        for estimate in estimates:
-            text = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]" if estimate else ""
-            shown.append(f"**{text}**" if estimate and estimate is best else text)
-        lines.append(f"| {cell.name} | {cell.width} | {' | '.join(shown)} |")
+        measured = {rate: interval(cells[cell]) for rate, cells in rates.items() if cell in cells}
+        shown = dict.fromkeys(rates, "")
+        for rate, estimate in measured.items():
+            several = len(rates[rate][cell]) > 1
+            spread = f"[{estimate.low:.1f}, {estimate.high:.1f}]" if several else "(one run)"
+            shown[rate] = f"{estimate.value:.1f} {spread}"
+        if len(measured) > 1:
+            best = max(measured, key=lambda rate: measured[rate].value)
+            shown[best] = f"**{shown[best]}**"
+        lines.append(f"| {cell.name} | {cell.width} | {' | '.join(shown.values())} |")
     return "\n".join(lines)
 
 
