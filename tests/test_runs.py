@@ -179,7 +179,7 @@ def test_what_is_not_a_checkpoint_is_refused(stopped, tmp_path, capsys):
     others["mask"] = content | {"state": state | {"masks": {}}}
     for name, other in others.items():
         torch.save(other, tmp_path / f"{name}.pt")
-    paths = [tmp_path / f"{name}.pt" for name in (*bad, *others)] + [stopped, tmp_path / "none.pt"]
+    paths = [tmp_path / f"{name}.pt" for name in (*bad, *others)] + [tmp_path, tmp_path / "none.pt"]
     before = files(stopped)
     for path in paths:
         assert "--resume" in refused(capsys, "--resume", str(path)), path
@@ -193,6 +193,11 @@ def test_two_processes_do_not_resume_one_run(stopped, capsys):
     assert files(stopped) == before
     os.close(lock)
     dqn_sparse.main(parse_args(Args, preset, ["--resume", str(stopped / "checkpoint.pt")]))
+    assert (stopped / "model.pt").exists()
+
+
+def test_a_run_is_resumed_by_the_name_of_its_folder(stopped):
+    dqn_sparse.main(parse_args(Args, preset, ["--resume", f"{stopped}/"]))
     assert (stopped / "model.pt").exists()
 
 

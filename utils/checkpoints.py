@@ -25,7 +25,7 @@ def save_atomically(content: dict, path: Path) -> None:
 def load_checkpoint(path: str) -> dict:
     """A checkpoint's content on the CPU, read lazily. A file that is damaged, or not one, ends the program."""
     if not Path(path).is_file():
-        fail(f"--resume: expected a checkpoint.pt, got {path or 'an empty string'}, which is not a file")
+        fail(f"--resume: expected a checkpoint.pt, got {path or 'an empty string'}, which is not there")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums; torch.load does not

@@ -1,5 +1,6 @@
 """Command-line flags: those that every script inherits, what values a flag accepts, and one-line errors."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -58,7 +59,7 @@ class CpuRunFlags:
     checkpoint_every: NonNegativeInt = 0
     """steps between checkpoints; 0 writes one only when the run is interrupted"""
     resume: str | None = None
-    """checkpoint.pt to resume from; flags that are not given keep the checkpoint's values"""
+    """run folder, or checkpoint.pt in it, to resume from; flags that are not given keep the checkpoint's values"""
     eval_every: NonNegativeInt = 0
     """steps between evaluations during training; 0 evaluates the final network only"""
     eval_episodes: PositiveInt = 10
@@ -148,11 +149,12 @@ def resumed_args(args: ArgsT, given: dict) -> ArgsT:
     """The flags of the run that `args.resume` continues, with those `given` that a resumed run may change."""
     from utils.checkpoints import load_checkpoint
 
-    saved = load_checkpoint(args.resume)["args"]
+    path = os.path.join(args.resume, "checkpoint.pt") if os.path.isdir(args.resume) else args.resume
+    saved = load_checkpoint(path)["args"]
     names = {field.name for field in fields(args)}
     if set(saved) != names:
-        fail(f"--resume: {args.resume} was written by another version of the script: it has other flags")
-    args = replace(args, **saved | given)
+        fail(f"--resume: {path} was written by another version of the script: it has other flags")
+    args = replace(args, **saved | given | {"resume": path})
     for name in names - RESUMABLE:
         if getattr(args, name) != saved[name]:
             fail(f"{flag(name)}: a resumed run keeps {saved[name]}, got {getattr(args, name)}")
