@@ -263,9 +263,11 @@ def test_a_kill_of_ray_leaves_no_orphans_and_loses_nothing(victim, tmp_path, swe
 def test_two_sweeps_in_one_folder_share_its_cells(tmp_path, sweep):
     both = [sweep(*GRID), sweep(*GRID)]
     for process in both:
-        process.communicate()
-        assert process.returncode == 0
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
     assert {cell: len(steps) for cell, steps in starts(tmp_path).items()} == dict.fromkeys(CELLS, 1)
+    records = [json.loads(line) for line in (tmp_path / "out" / "sweep.jsonl").read_text().splitlines()]
+    assert [record["command"][-len(GRID) :] for record in records] == [list(GRID)] * 2
 
 
 def test_status_reads_the_disk(tmp_path, sweep):

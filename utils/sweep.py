@@ -27,7 +27,6 @@ from utils import cells as grid
 from utils.analysis.results import import_file, warn
 from utils.cells import Cell
 from utils.command_line import Positional, known_flags
-from utils.files import write_atomically
 from utils.flags import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -349,7 +348,8 @@ def main(args: Args, words: list[str]) -> None:
     at_once = concurrency(args, resources)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"command": sys.argv[1:], **versions(args.script), "ray": ray.__version__}
-    write_atomically(json.dumps(record, indent=2) + "\n", args.out / "sweep.json")
+    with (args.out / "sweep.jsonl").open("a") as file:  # the sweeps of a job array share the folder and start at once
+        file.write(json.dumps(record) + "\n")
 
     sweep = Sweep(args, cells, ray)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # after ray.init, which sets its own
