@@ -322,9 +322,9 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
     return {name: random_mask(weight.detach(), counts[name], generator) for name, weight in weights.items()}
 
 
-def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
+def mask_schedule(args: Args, masks: dict, n_updates: int) -> tuple[int, int, int]:
     """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
-    if args.method in ("dense", "random"):
+    if not masks or args.method == "random":
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
     if args.method == "gmp":
@@ -521,7 +521,7 @@ def main(args: Args) -> np.ndarray:
     apply_masks(weights, masks)
     apply_masks(target_weights, masks)
     print(mask_table(weights, densities))
-    mask_start, mask_end, mask_interval = mask_schedule(args, args.total_updates)
+    mask_start, mask_end, mask_interval = mask_schedule(args, masks, args.total_updates)
 
     ever_active = EverActive(masks)  # for the diagnostics
     state = {
@@ -565,7 +565,7 @@ def main(args: Args) -> np.ndarray:
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     while update < args.total_updates and not run.stopping:
-        if masks and mask_update_due(update, mask_start, mask_end, mask_interval):
+        if mask_update_due(update, mask_start, mask_end, mask_interval):
             terms = learn(mask_progress=(update - mask_start) / (mask_end - mask_start))
         else:
             terms = fast_learn()
@@ -577,7 +577,7 @@ def main(args: Args) -> np.ndarray:
         if run.due(run.log_every):
             names = ("td_loss", "cql_regularizer", "q_values", "policy_q_values")
             scalars = {f"losses/{name}": value for name, value in zip(names, torch.stack(terms).tolist())}
-            if args.method in ("rigl", "set"):
+            if masks and args.method in ("rigl", "set"):
                 progress = min((update - mask_start) / (mask_end - mask_start), 1.0)
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
             run.log(scalars, weights, masks)

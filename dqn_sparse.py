@@ -289,9 +289,9 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
     return {name: random_mask(weight.detach(), counts[name], generator) for name, weight in weights.items()}
 
 
-def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
+def mask_schedule(args: Args, masks: dict, n_updates: int) -> tuple[int, int, int]:
     """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
-    if args.method in ("dense", "random"):
+    if not masks or args.method == "random":
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
     if args.method == "gmp":
@@ -422,7 +422,7 @@ def main(args: Args) -> np.ndarray:
     apply_masks(target_weights, masks)
     print(mask_table(weights, densities))
     n_updates = int((args.total_timesteps - args.learning_starts) * args.replay_ratio)
-    mask_start, mask_end, mask_interval = mask_schedule(args, n_updates)
+    mask_start, mask_end, mask_interval = mask_schedule(args, masks, n_updates)
 
     ever_active = EverActive(masks)  # for the diagnostics
     state = {
@@ -483,7 +483,7 @@ def main(args: Args) -> np.ndarray:
         # Updates come before the environments' step, so that a GPU computes while the environments play
         updates_due = int((global_step - args.learning_starts) * args.replay_ratio) if len(replay) else 0
         while update < updates_due and not run.stopping:
-            if masks and mask_update_due(update, mask_start, mask_end, mask_interval):
+            if mask_update_due(update, mask_start, mask_end, mask_interval):
                 losses = learn(mask_progress=(update - mask_start) / (mask_end - mask_start))
             else:
                 losses = fast_learn()
@@ -505,7 +505,7 @@ def main(args: Args) -> np.ndarray:
         if losses is not None and run.due(run.log_every):
             loss, q_mean = torch.stack(losses).tolist()
             scalars = {"losses/td_loss": loss, "losses/q_values": q_mean, "charts/epsilon": epsilon}
-            if args.method in ("rigl", "set"):
+            if masks and args.method in ("rigl", "set"):
                 progress = min((update - mask_start) / (mask_end - mask_start), 1.0)
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
             run.log(scalars, weights, masks)

@@ -321,9 +321,9 @@ def initial_masks(weights: dict, densities: dict[str, float], method: str, seed:
     return {name: random_mask(weight.detach(), counts[name], generator) for name, weight in weights.items()}
 
 
-def mask_schedule(args: Args, n_updates: int) -> tuple[int, int, int]:
+def mask_schedule(args: Args, masks: dict, n_updates: int) -> tuple[int, int, int]:
     """(start, end, interval): masks change every `interval` updates after update `start`, the last time at `end`."""
-    if args.method in ("dense", "random"):
+    if not masks or args.method == "random":
         return 0, 0, 1  # never
     start, end, interval = 0.0, args.rewire_end, args.rewire_interval
     if args.method == "gmp":
@@ -494,7 +494,7 @@ def main(args: Args) -> np.ndarray:
     all_masks = {f"{net}.{name}": mask for net in masks for name, mask in masks[net].items()}
     print(mask_table(all_weights, {f"{net}.{name}": d for net in densities for name, d in densities[net].items()}))
     n_updates = int((args.total_timesteps - args.learning_starts) * args.replay_ratio)
-    mask_start, mask_end, mask_interval = mask_schedule(args, n_updates)
+    mask_start, mask_end, mask_interval = mask_schedule(args, all_masks, n_updates)
 
     ever_active = {net: EverActive(masks[net]) for net in masks}  # for the diagnostics
     state = {
@@ -590,7 +590,7 @@ def main(args: Args) -> np.ndarray:
         # Updates come before the environments' step, so that a GPU computes while the environments play
         updates_due = int((global_step - args.learning_starts) * args.replay_ratio) if len(replay) else 0
         while update < updates_due and not run.stopping:
-            if all_masks and mask_update_due(update, mask_start, mask_end, mask_interval):
+            if mask_update_due(update, mask_start, mask_end, mask_interval):
                 losses = learn(mask_progress=(update - mask_start) / (mask_end - mask_start))
             else:
                 losses = fast_learn()
@@ -611,7 +611,7 @@ def main(args: Args) -> np.ndarray:
             scalars |= {f"losses/qf{i + 1}_values": value for i, value in enumerate(q_values)}
             if args.algorithm == "sac":
                 scalars |= {"losses/alpha": log_alpha.exp().item(), "losses/alpha_loss": alpha_loss}
-            if args.method in ("rigl", "set"):
+            if all_masks and args.method in ("rigl", "set"):
                 progress = min((update - mask_start) / (mask_end - mask_start), 1.0)
                 scalars["sparsity/drop_fraction"] = cosine_drop_fraction(progress, args.drop_fraction)
             run.log(scalars, all_weights, all_masks)

@@ -44,10 +44,16 @@ DIAGNOSTICS = {  # logged tag, and what a table calls it
     "diagnostics/gradient_cosine": "gradient cosine",
 }
 LEARNING_RATES = {  # files of results/ that differ in their learning rate alone
-    "DQN": {2.8e-5: "asterix_lr9", 8.3e-5: "asterix_lr", 2.5e-4: "asterix"},
-    "Rainbow": {1e-4: "rainbow_asterix", 3e-4: "rainbow_asterix_lr"},
+    "DQN on MinAtar Asterix": {2.8e-5: "asterix_lr9", 8.3e-5: "asterix_lr", 2.5e-4: "asterix"},
+    "DQN on MinAtar Breakout": {8.3e-5: "breakout_lr", 2.5e-4: "breakout", 7.5e-4: "breakout_lr3"},
+    "Rainbow on MinAtar Asterix": {1e-4: "rainbow_asterix", 3e-4: "rainbow_asterix_lr"},
 }
-LEARNING_RATE_PANELS = (("DQN", True), ("DQN", False), ("Rainbow", True))  # agent, and whether its networks have biases
+LEARNING_RATE_PANELS = (  # a key of `LEARNING_RATES`, and whether its networks have biases
+    ("DQN on MinAtar Asterix", True),
+    ("DQN on MinAtar Asterix", False),
+    ("DQN on MinAtar Breakout", True),
+    ("Rainbow on MinAtar Asterix", True),
+)
 KEY = ("script", "env_id", "method", "sparsity", "width", "bias", "seed")  # what tells a run from others
 COLUMNS = (*KEY, "step", "return", "evaluation", *DIAGNOSTICS)
 
@@ -208,10 +214,10 @@ def diagnostics_table(cells: dict[Cell, dict[int, Curve]]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def read_learning_rates(agent: str) -> dict[float, dict[Cell, dict[int, Curve]]]:
-    """The cells of each learning rate of an agent of `LEARNING_RATES`."""
+def read_learning_rates(task: str) -> dict[float, dict[Cell, dict[int, Curve]]]:
+    """The cells of each learning rate of a task of `LEARNING_RATES`."""
     rates = {}
-    for rate, name in LEARNING_RATES[agent].items():
+    for rate, name in LEARNING_RATES[task].items():
         (rates[rate],) = read(ROOT / "results" / f"{name}.csv").values()
     return rates
 
@@ -311,9 +317,9 @@ def draw(tasks: dict, out: Path) -> None:
 def draw_learning_rates(out: Path) -> None:
     """The panels of `LEARNING_RATE_PANELS`: score against learning rate of dense networks and of those pruned to 90 %;
     wide networks have thick lines."""
-    figure, panels = plt.subplots(1, len(LEARNING_RATE_PANELS), figsize=(13, 4), sharey=True)
-    for panel, (agent, bias) in zip(panels, LEARNING_RATE_PANELS):
-        rates = read_learning_rates(agent)
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8), sharey=True)
+    for panel, (task, bias) in zip(panels.flat, LEARNING_RATE_PANELS):
+        rates = read_learning_rates(task)
         for method, sparsity, width in (("dense", 0.0, 1), ("dense", 0.0, 3), ("gmp", 0.9, 1), ("gmp", 0.9, 3)):
             cell = Cell(method, sparsity, width, bias)
             measured = {rate: cells[cell] for rate, cells in rates.items() if cell in cells}
@@ -322,13 +328,13 @@ def draw_learning_rates(out: Path) -> None:
             looks = {"color": color, "marker": marker, "linestyle": "-", "linewidth": 0.8 * width}
             name = cell._replace(bias=True).name  # the title says which have biases
             panel.errorbar(list(measured), value, error, capsize=3, label=f"{name}, width {width}", **looks)
-        title = f"{agent} on MinAtar Asterix" if bias else f"{agent} on MinAtar Asterix, without biases"
-        panel.set(title=title, xlabel="learning rate", xscale="log")
+        panel.set(title=task if bias else f"{task}, without biases", xlabel="learning rate", xscale="log")
         panel.set_xticks(list(rates), map(scientific, rates))
         panel.minorticks_off()
         panel.margins(x=0.12)
-    panels[0].set_ylabel("return, last tenth of training")
-    panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    for panel in panels[:, 0]:
+        panel.set_ylabel("return, last tenth of training")
+    panels[0, -1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(out)
     plt.close(figure)
     print(f"wrote {out}")
@@ -347,7 +353,8 @@ def main() -> None:
         collect(args.runs, args.out, args.steps)
         return
     draw_learning_rates(ROOT / "docs" / "evidence_learning_rates.png")
-    print(f"\nDQN by learning rate\n\n{learning_rates_table(read_learning_rates('DQN'))}\n")
+    for task in LEARNING_RATES:
+        print(f"\n{task} by learning rate\n\n{learning_rates_table(read_learning_rates(task))}\n")
     for path in sorted((ROOT / "results").glob("*.csv")):
         tasks = read(path)
         draw(tasks, ROOT / "docs" / f"evidence_{path.stem}.png")

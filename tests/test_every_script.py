@@ -13,7 +13,7 @@ import torch
 from conftest import CARTPOLE, as_flags, check_exact_masks, load, run_main, run_script, same
 
 from utils.flags import RunFlags, check_flags, flag, parse_args, rules_of
-from utils.records import read_episodes, read_evaluations
+from utils.records import read_episodes, read_evaluations, read_scalars
 from utils.runs import Run
 
 ONLINE = CARTPOLE | {"total_timesteps": 300, "batch_size": 16, "sparsity": 0.9}
@@ -128,6 +128,14 @@ def test_a_resumed_run_continues_from_the_whole_state(script, tmp_path, stop_at,
     episodes = read_episodes(folder)
     np.testing.assert_array_equal(episodes[: len(before)], before)
     assert (np.diff(episodes[:, 0]) > 0).all() and read_evaluations(folder)[-1, 0] == run_length(script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_sparsity_no_mask_updates_are_announced_or_logged(script, tmp_path, capsys):
+    folder = train(script, tmp_path, method="rigl", sparsity=0.0)
+    assert "mask updates" not in capsys.readouterr().out
+    assert "sparsity/drop_fraction" not in read_scalars(folder)
+    assert not any(load(folder / "model.pt")["masks"].values())
 
 
 def active(part: dict | torch.Tensor) -> int:
