@@ -45,7 +45,7 @@ DIAGNOSTICS = {  # logged tag, and what a table calls it
 }
 LEARNING_RATES = {  # files of results/ that differ in their learning rate alone
     "DQN on MinAtar Asterix": {2.8e-5: "asterix_lr9", 8.3e-5: "asterix_lr", 2.5e-4: "asterix"},
-    "DQN on MinAtar Breakout": {8.3e-5: "breakout_lr", 2.5e-4: "breakout"},
+    "DQN on MinAtar Breakout": {8.3e-5: "breakout_lr", 2.5e-4: "breakout", 7.5e-4: "breakout_lr3"},
     "Rainbow on MinAtar Asterix": {1e-4: "rainbow_asterix", 3e-4: "rainbow_asterix_lr"},
 }
 LEARNING_RATE_PANELS = (  # a key of `LEARNING_RATES`, and whether its networks have biases
