@@ -201,8 +201,10 @@ def test_a_run_is_resumed_by_the_name_of_its_folder(stopped):
     assert (stopped / "model.pt").exists()
 
 
-def test_a_model_is_not_a_checkpoint(train, capsys):
-    assert "--resume" in refused(capsys, "--resume", str(train() / "model.pt"))
+def test_a_finished_run_is_not_resumed_without_a_checkpoint(train, capsys):
+    folder = train()
+    assert "finished" in refused(capsys, "--resume", str(folder))
+    assert "model.pt of a finished run" in refused(capsys, "--resume", str(folder / "model.pt"))
 
 
 def test_a_longer_run_from_a_checkpoint(train, stopped):
