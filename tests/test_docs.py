@@ -104,7 +104,7 @@ def test_tables_of_the_evidence_are_those_of_the_data(data):
         assert evidence.diagnostics_table(cells) in page
 
 
-@pytest.mark.parametrize("task", ["DQN on MinAtar Asterix", "DQN on MinAtar Breakout"])
+@pytest.mark.parametrize("task", evidence.LEARNING_RATES)
 def test_table_of_learning_rates_is_that_of_the_data(task):
     table = evidence.learning_rates_table(evidence.read_learning_rates(task))
     assert table in (ROOT / "docs" / "evidence.md").read_text()
