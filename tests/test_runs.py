@@ -203,8 +203,9 @@ def test_a_run_is_resumed_by_the_name_of_its_folder(stopped):
 
 def test_a_finished_run_is_not_resumed_without_a_checkpoint(train, capsys):
     folder = train()
-    assert "finished" in refused(capsys, "--resume", str(folder))
+    assert "is of a finished run" in refused(capsys, "--resume", str(folder))  # its path has the word too
     assert "model.pt of a finished run" in refused(capsys, "--resume", str(folder / "model.pt"))
+    assert "not there" in refused(capsys, "--resume", str(folder / "chekpoint.pt"))
 
 
 def test_a_longer_run_from_a_checkpoint(train, stopped):

@@ -24,9 +24,9 @@ def save_atomically(content: dict, path: Path) -> None:
 
 def load_checkpoint(path: str) -> dict:
     """A checkpoint's content on the CPU, read lazily. A file that is damaged, or not one, ends the program."""
-    if path and not Path(path).exists() and Path(path).with_name("model.pt").exists():
-        fail(f"--resume: {Path(path).parent} is of a finished run without a checkpoint.pt (see --checkpoint-every)")
     if not Path(path).is_file():
+        if Path(path).name == "checkpoint.pt" and Path(path).with_name("model.pt").exists():
+            fail(f"--resume: {Path(path).parent} is of a finished run without a checkpoint.pt (see --checkpoint-every)")
         fail(f"--resume: expected a checkpoint.pt, got {path or 'an empty string'}, which is not there")
     try:
         with zipfile.ZipFile(path) as archive:
