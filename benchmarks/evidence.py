@@ -47,12 +47,14 @@ LEARNING_RATES = {  # files of results/ that differ in their learning rate alone
     "DQN on MinAtar Asterix": {2.8e-5: "asterix_lr9", 8.3e-5: "asterix_lr", 2.5e-4: "asterix"},
     "DQN on MinAtar Breakout": {8.3e-5: "breakout_lr", 2.5e-4: "breakout", 7.5e-4: "breakout_lr3"},
     "Rainbow on MinAtar Asterix": {1e-4: "rainbow_asterix", 3e-4: "rainbow_asterix_lr"},
+    "IQN on MinAtar Asterix": {1e-4: "iqn_asterix", 3e-4: "iqn_asterix_lr"},
 }
 LEARNING_RATE_PANELS = (  # a key of `LEARNING_RATES`, and whether its networks have biases
     ("DQN on MinAtar Asterix", True),
     ("DQN on MinAtar Asterix", False),
     ("DQN on MinAtar Breakout", True),
     ("Rainbow on MinAtar Asterix", True),
+    ("IQN on MinAtar Asterix", True),
 )
 KEY = ("script", "env_id", "method", "sparsity", "width", "bias", "seed")  # what tells a run from others
 COLUMNS = (*KEY, "step", "return", "evaluation", *DIAGNOSTICS)
@@ -317,7 +319,7 @@ def draw(tasks: dict, out: Path) -> None:
 def draw_learning_rates(out: Path) -> None:
     """The panels of `LEARNING_RATE_PANELS`: score against learning rate of dense networks and of those pruned to 90 %;
     wide networks have thick lines."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8), sharey=True)
+    figure, panels = plt.subplots(2, 3, figsize=(14, 8), sharey=True)
     for panel, (task, bias) in zip(panels.flat, LEARNING_RATE_PANELS):
         rates = read_learning_rates(task)
         for method, sparsity, width in (("dense", 0.0, 1), ("dense", 0.0, 3), ("gmp", 0.9, 1), ("gmp", 0.9, 3)):
@@ -334,7 +336,8 @@ def draw_learning_rates(out: Path) -> None:
         panel.margins(x=0.12)
     for panel in panels[:, 0]:
         panel.set_ylabel("return, last tenth of training")
-    panels[0, -1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    panels[1, 2].set_axis_off()
+    panels[1, 2].legend(*panels[0, 0].get_legend_handles_labels(), loc="center")
     figure.savefig(out)
     plt.close(figure)
     print(f"wrote {out}")
