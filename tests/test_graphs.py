@@ -151,9 +151,16 @@ def test_a_capture_that_fails_is_a_note_and_training_continues(tmp_path, monkeyp
     class NoStream:
         def wait_stream(self, other) -> None: ...
 
-    class NoGenerator:
-        def clone_state(self) -> None: ...
-        def graphsafe_set_state(self, state) -> None: ...
+    class StuckGenerator:  # until its state is replaced by a clone, which expects no end of a capture
+        stuck = True
+
+        def clone_state(self) -> str:
+            return "clone"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            self.stuck = state != "clone"
+
+    generator = StuckGenerator()
 
     def refuse(*args, **kwargs):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -164,7 +171,7 @@ def test_a_capture_that_fails_is_a_note_and_training_continues(tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "default_generators", (NoGenerator(),))
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr(graphs, "capture_failed", False)
     expected = trained(dqn_sparse, tmp_path / "eager", DQN)
     monkeypatch.setattr(dqn_sparse, "cuda_graph", lambda function, enabled: graphs.cuda_graph(function, True))
@@ -172,6 +179,7 @@ def test_a_capture_that_fails_is_a_note_and_training_continues(tmp_path, monkeyp
     found = trained(dqn_sparse, tmp_path / "refused", DQN)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and "not permitted" in notes[0]
+    assert not generator.stuck
     assert same(expected["networks"], found["networks"]) and same(expected["masks"], found["masks"])
 
 
