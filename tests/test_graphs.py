@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CARTPOLE, load, run_main, same
+from pretend_gpu import CPU, GPU, pretend_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cql_pruned
@@ -54,8 +55,9 @@ class Recording(TorchDispatchMode):
                     o.copy_(n)  # at the address that the later operations read
 
 
-def recorded_on_cpu(function, enabled):
+def recorded(function, enabled):
     """`cuda_graph` as it is on a GPU, with Recording for a graph."""
+    assert enabled
     recording, calls, result = Recording(), 0, None
 
     def replayed():
@@ -78,7 +80,7 @@ def trained(script, runs_dir: Path, flags: dict) -> dict:
 
 
 # 200 or more updates, so that several lie between two changes of a mask
-DQN = CARTPOLE | {"replay_ratio": 1.0}
+DQN = CARTPOLE | {"replay_ratio": 1.0, "total_timesteps": 320}
 SAC = {
     "env_id": "Pendulum-v1",
     "network": "mlp",
@@ -126,23 +128,70 @@ def no_evaluation(monkeypatch):
     monkeypatch.setattr("utils.runs.evaluate", lambda *args, **keywords: (np.zeros(1), np.zeros(1, dtype=int)))
 
 
+def trained_on_gpu(script, runs_dir: Path, flags: dict, monkeypatch, memory: int = 10**12) -> dict:
+    """As `trained`, on a GPU that is pretended, where an operation that mixes devices raises.
+
+    Args:
+        memory: free bytes of that GPU.
+    """
+    monkeypatch.setattr(script, "choose_device", lambda args: GPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
+    with pretend_gpu():
+        return trained(script, runs_dir, flags)
+
+
+@pytest.fixture
+def logged(train, tmp_path) -> dict:
+    """Flags of cql_pruned."""
+    train(save_dataset=str(tmp_path / "data"))
+    return {"dataset": str(tmp_path / "data"), "total_updates": 200, "eval_every": 50, "loss": "c51", "method": "gmp"}
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_replays_train_the_same_weights(run, tmp_path, monkeypatch):
     script, flags = RUNS[run]
     eager = trained(script, tmp_path / "eager", flags)
-    monkeypatch.setattr(script, "cuda_graph", recorded_on_cpu)
-    replayed = trained(script, tmp_path / "replayed", flags)
+    monkeypatch.setattr(script, "cuda_graph", recorded)
+    replayed = trained_on_gpu(script, tmp_path / "replayed", flags, monkeypatch)
     assert same(eager["networks"], replayed["networks"]) and same(eager["masks"], replayed["masks"])
 
 
-def test_replays_train_the_same_weights_offline(train, tmp_path, monkeypatch):
-    train(save_dataset=str(tmp_path / "data"))
-    flags = {"dataset": str(tmp_path / "data"), "total_updates": 400, "eval_every": 50}
-    flags |= {"loss": "c51", "method": "gmp"}
-    eager = trained(cql_pruned, tmp_path / "eager", flags)
-    monkeypatch.setattr(cql_pruned, "cuda_graph", recorded_on_cpu)
-    replayed = trained(cql_pruned, tmp_path / "replayed", flags)
+def test_replays_train_the_same_weights_offline(logged, tmp_path, monkeypatch):
+    eager = trained(cql_pruned, tmp_path / "eager", logged)
+    monkeypatch.setattr(cql_pruned, "cuda_graph", recorded)
+    replayed = trained_on_gpu(cql_pruned, tmp_path / "replayed", logged, monkeypatch)
     assert same(eager["networks"], replayed["networks"]) and same(eager["masks"], replayed["masks"])
+
+
+@pytest.mark.parametrize("run", ["rainbow gmp", "drq gmp"])
+def test_a_gpu_too_small_for_the_replay(run, tmp_path, monkeypatch, capsys):
+    """The replay stays in host memory, and training and diagnostics go on without graphs."""
+    script, flags = RUNS[run]
+    flags = flags | {"total_timesteps": flags["learning_starts"] + 60, "diagnostics_every": 50}
+    expected = trained(script, tmp_path / "cpu", flags)
+    found = trained_on_gpu(script, tmp_path / "gpu", flags, monkeypatch, memory=0)
+    assert "host memory" in capsys.readouterr().out
+    assert same(expected["networks"], found["networks"]) and same(expected["masks"], found["masks"])
+
+
+def test_a_gpu_too_small_for_the_dataset(logged, tmp_path, monkeypatch, capsys):
+    flags = logged | {"total_updates": 100, "diagnostics_every": 50}
+    expected = trained(cql_pruned, tmp_path / "cpu", flags)
+    found = trained_on_gpu(cql_pruned, tmp_path / "gpu", flags, monkeypatch, memory=0)
+    assert "host memory" in capsys.readouterr().out
+    assert same(expected["networks"], found["networks"]) and same(expected["masks"], found["masks"])
+
+
+def test_the_pretended_gpu_refuses_to_mix_devices():
+    with pretend_gpu():
+        here, there = torch.ones(2, requires_grad=True), torch.ones(2, device=GPU)
+        assert (there * torch.tensor(3.0)).device == there.sum().device == here.to(GPU).device == GPU
+        assert (here * 2).device == there.cpu().device == CPU
+        for mixing in (lambda: here + there, lambda: here * there.sum(), lambda: torch.stack((here, there))):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixing()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
 
 
 def test_a_capture_that_fails_is_a_note_and_training_continues(tmp_path, monkeypatch, capsys):
