@@ -239,6 +239,13 @@ def test_the_gpu_of_a_run_is_the_current_one(monkeypatch):
         assert runs.choose_device(Args(device=name)).index == index == current[-1].index
 
 
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta"])
+def test_devices_that_cannot_train_are_refused(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        runs.choose_device(Args(device=name))
+    assert ended.value.code == 2 and f"got {name}" in capsys.readouterr().err
+
+
 def test_what_is_not_finite_in_a_state():
     """An infinite tensor may be meant (the logarithm of a temperature of 0); a parameter that is infinite is not."""
     good, bad = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
