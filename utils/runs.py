@@ -50,7 +50,7 @@ def choose_device(args: RunFlags) -> torch.device:
         device = torch.empty(0, device=name).device  # with its number
     except (RuntimeError, AssertionError):  # unknown, absent, or torch without CUDA
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):  # others have no float64, which the replay needs
+    if device is None or device.type not in ("cpu", "cuda"):  # mps has no float64, which the replay needs
         fail(f"--device: expected auto, cpu, or an available GPU (cuda, cuda:1, ...), got {args.device}")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
