@@ -36,7 +36,7 @@ def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Calls(TorchFunctionMode):
-    """Answers what a program asks of devices, and lets it call everything on the CPU."""
+    """Answers what a program asks about devices; what it wants on the GPU is made on the CPU, and counts as on it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,7 +59,7 @@ class Calls(TorchFunctionMode):
 
 
 class Operations(TorchDispatchMode):
-    """Lets results be where their arguments are."""
+    """Results are where their arguments are."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

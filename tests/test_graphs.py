@@ -129,7 +129,7 @@ def no_evaluation(monkeypatch):
 
 
 def trained_on_gpu(script, runs_dir: Path, flags: dict, monkeypatch, memory: int = 10**12) -> dict:
-    """As `trained`, on a GPU that is pretended, where an operation that mixes devices raises.
+    """As `trained`, on the pretended GPU, where an operation that mixes devices raises.
 
     Args:
         memory: free bytes of that GPU.
